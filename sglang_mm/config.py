@@ -1,0 +1,61 @@
+"""What the user chose, validated once, carried to every worker process in one environment variable."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+
+from sglang_mm.errors import ConfigError
+
+ENV = "SGLANG_MM_CONFIG"
+SCHEDULES = ("auto", "ring")
+VISIONS = ("frames", "stock")
+
+
+@dataclass(frozen=True)
+class Config:
+    """tp: tensor-parallel width T. cp: context-parallel width C; the world has T * C ranks.
+
+    schedule: how K/V travel during prefill. cp_min_tokens: new tokens of a request from which its prefill is
+    sharded. vision: `frames` attends inside each frame and keeps the video's timing (as Qwen2.5-VL was trained),
+    `stock` keeps SGLang 0.5.23's values. deadline_s: seconds any rank waits for another before it raises.
+    """
+
+    tp: int = 1
+    cp: int = 1
+    schedule: str = "auto"
+    cp_min_tokens: int = 512
+    vision: str = "frames"
+    deadline_s: float = 600.0
+
+    def __post_init__(self):
+        for name in ("tp", "cp"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} {getattr(self, name)}", "a whole number >= 1", f"pass --{name} 1 or more")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"--schedule {self.schedule}", " | ".join(SCHEDULES), "pass --schedule auto")
+        if self.vision not in VISIONS:
+            raise ConfigError(f"--vision {self.vision}", " | ".join(VISIONS), "pass --vision frames")
+        if self.cp_min_tokens < 1:
+            raise ConfigError(f"--cp-min-tokens {self.cp_min_tokens}", ">= 1", "pass --cp-min-tokens 1 to shard all")
+        if not self.deadline_s > 0:
+            raise ConfigError(f"--deadline {self.deadline_s}", "seconds > 0", "pass --deadline 600")
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.cp
+
+    def to_env(self) -> None:
+        """Publish to this process's environment; forked and spawned workers inherit it."""
+        os.environ[ENV] = json.dumps(asdict(self))
+
+    @classmethod
+    def from_env(cls) -> "Config | None":
+        """The launcher's choice, or None in a process that our launcher did not start."""
+        text = os.environ.get(ENV)
+        if not text:
+            return None
+        known = {f.name for f in fields(cls)}
+        values = json.loads(text)
+        if unknown := set(values) - known:
+            raise ConfigError(f"{ENV} has {sorted(unknown)}", f"{sorted(known)}", "start with sglang_mm.launch")
+        return cls(**values)

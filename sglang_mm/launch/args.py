@@ -1,0 +1,92 @@
+"""Our flags, split from SGLang's. Imports nothing heavy: `--help` answers at once."""
+
+import argparse
+from dataclasses import dataclass
+
+from sglang_mm.config import SCHEDULES, VISIONS, Config
+from sglang_mm.serving.settings import flags_in, refuse
+
+DESCRIPTION = """\
+Serve long multimodal prompts on SGLang, prefill sharded over C ranks by ring attention.
+
+The flags below are ours. Every other flag is SGLang's and passes through unchanged (--model-path, --host, --port,
+--dtype, --revision, --download-dir, --trust-remote-code, ...): see them all with --help-all.
+"""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """config: ours. sglang: the flags that are SGLang's, as the user gave them."""
+
+    config: Config
+    sglang: list[str]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    default = Config()
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_mm.launch",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="python -m sglang_mm.launch --model-path MODEL [--tp T] [--cp C] [any SGLang flag]",
+    )
+    add = parser.add_argument
+    add(
+        "--tp",
+        "--tp-size",
+        "--tensor-parallel-size",
+        type=int,
+        default=default.tp,
+        metavar="T",
+        dest="tp",
+        help="tensor-parallel width: weights are split over T ranks (default %(default)s)",
+    )
+    add(
+        "--cp",
+        type=int,
+        default=default.cp,
+        metavar="C",
+        help="context-parallel width: prompts are split over C replicas of T ranks (default %(default)s)",
+    )
+    add(
+        "--schedule",
+        choices=SCHEDULES,
+        default=default.schedule,
+        help="how K/V travel between the C replicas during prefill (default %(default)s)",
+    )
+    add(
+        "--cp-min-tokens",
+        type=int,
+        default=default.cp_min_tokens,
+        metavar="N",
+        help="requests with fewer new tokens are not sharded (default %(default)s)",
+    )
+    add(
+        "--vision",
+        choices=VISIONS,
+        default=default.vision,
+        help="frames: attention inside each frame and true video timing, as the model was trained; "
+        "stock: SGLang's values, quadratic in the video's length (default %(default)s)",
+    )
+    add(
+        "--deadline",
+        type=float,
+        default=default.deadline_s,
+        metavar="SECONDS",
+        dest="deadline_s",
+        help="longest wait of one rank for another before it raises (default %(default)s)",
+    )
+    add("--help-all", action="store_true", help="show this and SGLang's flags (takes some seconds)")
+    return parser
+
+
+def parse(argv: list[str]) -> Launch:
+    """Split a command line into ours and SGLang's. Raises ConfigError for what cannot work; exits on --help."""
+    ours, theirs = build_parser().parse_known_args(argv)
+    values = vars(ours)
+    if values.pop("help_all"):
+        theirs.append("--help")
+    config = Config(**values)
+    refuse(config, flags_in(theirs))
+    return Launch(config, theirs)

@@ -1,0 +1,45 @@
+"""What a launch says: the topology before any process starts, sizes and the address when it is ready."""
+
+from sglang_mm.config import Config
+
+
+def topology(config: Config, model: str, device: str) -> str:
+    """Before start-up."""
+    sharded = f"prompts of >= {config.cp_min_tokens} new tokens over {config.cp} replicas"
+    return "\n".join(
+        [
+            f"sglang_mm  {model}",
+            f"  topology   tp {config.tp} x cp {config.cp} = {config.world_size} ranks on {device}; "
+            "weights split over tp, replicated over cp",
+            f"  prefill    {'sharded: ' + sharded if config.cp > 1 else 'one replica, not sharded'}"
+            + (f"; schedule {config.schedule} -> ring" if config.cp > 1 else ""),
+            f"  vision     {_vision(config)}",
+        ]
+    )
+
+
+def _vision(config: Config) -> str:
+    if config.vision == "stock":
+        return (
+            "stock: SGLang's values. WARNING: the tower attends over the whole video, on every rank, in time "
+            "quadratic in the video's length, and all frames are taken to be 24 a second"
+        )
+    return "frames: each rank encodes its own frames; attention inside each frame; true video timing"
+
+
+def ready(config: Config, info: dict, url: str | None) -> str:
+    """After start-up. info: what rank 0's scheduler told (max_total_num_tokens and describe_worker's sizes)."""
+    sizes = info["sglang_mm"]
+    fits = min(info["max_total_num_tokens"], sizes["context_length"])
+    bound = "context length" if fits == sizes["context_length"] else "K/V memory"
+    backends = f"prefill {sizes['prefill_backend']}, decode {sizes['decode_backend']}"
+    lines = [
+        f"  backends   {backends}",
+        f"  K/V        {sizes['kv_bytes_per_token']:,} bytes per token and rank ({sizes['layers']} layers x "
+        f"{sizes['kv_heads']} K/V heads x {sizes['head_dim']}), {sizes['kv_bytes'] / 2**30:.2f} GiB per rank"
+        + (", replicated over cp" if config.cp > 1 else ""),
+        f"  fits       prompt + answer of up to {fits:,} tokens (bound by {bound})",
+    ]
+    if url:
+        lines.append(f"sglang_mm is ready at {url}")
+    return "\n".join(lines)

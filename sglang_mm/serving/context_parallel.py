@@ -1,0 +1,119 @@
+"""A mixin that makes an SGLang model own context parallelism.
+
+SGLang is started with tp_size = T * C and attn_cp_size = C. Inside `narrowed()` the model sees a plain T-way
+tensor-parallel world, so its layers are those of a single T-way replica; `forward` gives each of the C replicas its
+own rows, and the attention backend brings the keys of the others.
+"""
+
+import copy
+import logging
+from contextlib import nullcontext
+
+import torch
+from sglang.srt.distributed.parallel_state import patch_tensor_parallel_group
+from sglang.srt.runtime_context import get_parallel
+
+from sglang_mm.config import Config
+from sglang_mm.parallel.distributed import DistributedTransport
+from sglang_mm.serving.embed import embed_rows
+from sglang_mm.serving.plan import ATTRIBUTE, PrefillPlan, plan_prefill, reason_for_stock
+from sglang_mm.serving.record import KEY, Fallbacks, sharded_records, stock_records
+
+logger = logging.getLogger(__name__)
+
+
+class ContextParallelMixin:
+    """Put before SGLang's model class; needs its `model`, `visual`, `lm_head`, `logits_processor`."""
+
+    def __init__(self, *args, **kwargs):
+        parallel = get_parallel()
+        group = parallel.attn_cp_group if parallel.attn_cp_size > 1 else None
+        # plain attributes: nn.Module.__init__ has not run yet, and must run inside the narrowed scope
+        object.__setattr__(self, "mm_config", Config.from_env() or Config())
+        object.__setattr__(self, "mm_transport", self._transport(group))
+        object.__setattr__(self, "mm_fallbacks", Fallbacks())
+        object.__setattr__(self, "mm_tp_group", parallel.attn_tp_group)
+        with self.narrowed():
+            super().__init__(*args, **kwargs)
+
+    def _transport(self, group) -> DistributedTransport | None:
+        if group is None:
+            return None
+        return DistributedTransport(group.device_group, group.ranks, group.device, self.mm_config.deadline_s)
+
+    def narrowed(self):
+        """Scope in which SGLang's layers see T ranks; needed at construction, loading and every forward."""
+        if self.mm_transport is None:
+            return nullcontext()
+        return patch_tensor_parallel_group(self.mm_tp_group, owns_attention=True)
+
+    def load_weights(self, weights):
+        with self.narrowed():
+            return super().load_weights(weights)
+
+    @torch.no_grad()
+    def forward(self, input_ids, positions, forward_batch, *args, **kwargs):
+        with self.narrowed():
+            if not forward_batch.forward_mode.is_extend():
+                return super().forward(input_ids, positions, forward_batch, *args, **kwargs)
+            reason = None if self.mm_transport is None else reason_for_stock(forward_batch, self.mm_config)
+            if self.mm_transport is None or reason:
+                records = stock_records(forward_batch, self.mm_config.cp, reason)
+                self.mm_fallbacks.note(reason, forward_batch)
+                output = super().forward(input_ids, positions, forward_batch, *args, **kwargs)
+            else:
+                plan = plan_prefill(forward_batch, self.visual.spatial_merge_size, self.mm_transport)
+                records = sharded_records(plan, forward_batch)
+                output = self._forward_sharded(input_ids, forward_batch, plan)
+        if hasattr(output, "customized_info"):
+            output.customized_info = {**(output.customized_info or {}), KEY: records}
+        return output
+
+    def _forward_sharded(self, input_ids, forward_batch, plan: PrefillPlan):
+        embeds = embed_rows(self, plan, input_ids, forward_batch)
+        positions = forward_batch.mrope_positions[:, plan.rows]
+        setattr(forward_batch, ATTRIBUTE, plan)
+        try:
+            hidden = self.model(input_ids=None, positions=positions, forward_batch=forward_batch, input_embeds=embeds)
+        finally:
+            delattr(forward_batch, ATTRIBUTE)
+        wanted, scored = wanted_rows(forward_batch)
+        return self.logits_processor(input_ids, gather_rows(hidden, plan, wanted), self.lm_head, scored)
+
+
+def wanted_rows(forward_batch) -> tuple[torch.Tensor, object]:
+    """Rows of the flat batch whose logits are asked for, and a batch that holds only them.
+
+    Without input log-probabilities: the last row of each request. With them: the rows from the asked start on (at
+    least the last one), in the order SGLang's logits processor prunes to, so that it finds them already pruned.
+    """
+    lengths = forward_batch.extend_seq_lens_cpu
+    starts = [n - 1 for n in lengths]
+    pruned_starts = None
+    if forward_batch.return_logprob:
+        asked = forward_batch.extend_logprob_start_lens_cpu
+        starts = [min(start, n - 1) for start, n in zip(asked, lengths)]
+        pruned_starts = [1 if start == n else 0 for start, n in zip(asked, lengths)]
+    kept = [n - start for start, n in zip(starts, lengths)]
+    offsets = torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist()
+    rows = torch.cat([torch.arange(o + start, o + n) for o, start, n in zip(offsets, starts, lengths)])
+    scored = copy.copy(forward_batch)
+    scored.extend_seq_lens = torch.tensor(kept, dtype=torch.int32, device=forward_batch.extend_seq_lens.device)
+    scored.extend_seq_lens_cpu = kept
+    scored.extend_logprob_start_lens_cpu = pruned_starts
+    return rows, scored
+
+
+def gather_rows(hidden: torch.Tensor, plan: PrefillPlan, wanted: torch.Tensor) -> torch.Tensor:
+    """Flat-batch rows `wanted` [n] of the sharded hidden state [t, H], equal bit for bit on every rank: [n, H].
+
+    Each row has one owner and the others add zero, so the sum changes no value.
+    """
+    slot_of = torch.full((sum(plan.rows_per_rank),), -1)
+    slot_of[plan.rows.cpu()] = torch.arange(len(plan.rows))
+    slots = slot_of[wanted]
+    mine = (slots >= 0).nonzero().flatten()
+    gathered = hidden.new_zeros(len(wanted), hidden.shape[1])
+    gathered[mine.to(hidden.device)] = hidden[slots[mine].to(hidden.device)]
+    plan.transport.sum_(gathered)
+    return gathered

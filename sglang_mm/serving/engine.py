@@ -1,0 +1,45 @@
+"""`sglang_mm.Engine`: SGLang's Engine with our arguments beside its own."""
+
+from sglang_mm.config import Config
+from sglang_mm.serving import worker
+from sglang_mm.serving.preflight import check_launch, environment
+from sglang_mm.serving.settings import flag_of, refuse, server_settings
+
+with environment(Config()):  # SGLang decides at import which platform it is on
+    from sglang.srt.entrypoints import engine as stock
+    from sglang.srt.server_args import ServerArgs
+
+
+class Engine(stock.Engine):
+    """Offline engine. `Engine(model_path=M, tp=1, cp=2, ...)`: cp and the flags of sglang_mm.launch are ours, every
+    other keyword is SGLang's ServerArgs (tp_size is accepted for tp). Raises ConfigError or SelfCheckError before
+    any process starts.
+    """
+
+    run_scheduler_process_func = staticmethod(worker.run_scheduler_process)
+
+    def __init__(
+        self,
+        *,
+        tp: int | None = None,
+        cp: int = 1,
+        schedule: str = "auto",
+        cp_min_tokens: int = 512,
+        vision: str = "frames",
+        deadline_s: float = 600.0,
+        **sglang_args,
+    ):
+        tp = sglang_args.pop("tp_size", 1) if tp is None else tp
+        self.mm_config = Config(tp, cp, schedule, cp_min_tokens, vision, deadline_s)
+        refuse(self.mm_config, {flag_of(name): value for name, value in sglang_args.items()})
+        with environment(self.mm_config) as on_cpu:
+            must, may = server_settings(self.mm_config, on_cpu=on_cpu)
+            arguments = may | sglang_args | must
+            wanted = ServerArgs(**arguments)
+            check_launch(
+                self.mm_config,
+                wanted.model_path,
+                trust_remote_code=wanted.trust_remote_code,
+                revision=wanted.revision,
+            )
+            super().__init__(**arguments)

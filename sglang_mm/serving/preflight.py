@@ -1,0 +1,89 @@
+"""Everything that can be known to fail before a process starts, checked in that order; and the environment of one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sglang_mm.config import Config
+from sglang_mm.errors import ConfigError
+from sglang_mm.serving.plugin import MODELS
+
+SUPPORTED = ("Qwen2_5_VLForConditionalGeneration",)
+
+
+@contextmanager
+def environment(config: Config) -> Iterator[bool]:
+    """Inside, new processes are ours; afterwards the variables are what they were. Yields whether on CPU."""
+    from sglang_mm.serving.platform import has_accelerator
+    from sglang_mm.serving.selfcheck import check_plugin, check_sglang
+
+    on_cpu = not has_accelerator()
+    before = dict(os.environ)
+    config.to_env()
+    # SGLang then imports its own two hundred models only if ours is not the one asked for
+    os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", MODELS)
+    if config.cp > 1:
+        # replicas sample the same token from the same logits; SGLang then also compares what they sampled
+        os.environ.setdefault("SYNC_TOKEN_IDS_ACROSS_TP", "1")
+    if on_cpu:
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", bind_cores(config.world_size, os.cpu_count() or 1))
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling costs seconds here and gains nothing
+    try:
+        check_sglang()
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()
+        check_plugin()
+        yield on_cpu
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def bind_cores(ranks: int, cores: int) -> str:
+    """One entry per rank: a range of cores of its own while there are enough, else cores are shared in turn.
+
+    >>> bind_cores(2, 8), bind_cores(3, 2)
+    ('0-3|4-7', '0|1|0')
+    """
+    each = cores // ranks
+    if each < 1:
+        return "|".join(str(rank % cores) for rank in range(ranks))
+    spans = [(rank * each, rank * each + each - 1) for rank in range(ranks)]
+    return "|".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)
+
+
+def check_launch(config: Config, model_path: str, *, trust_remote_code: bool, revision: str | None) -> None:
+    """Devices and model architecture. Raises ConfigError."""
+    import torch
+
+    if torch.cuda.is_available() and config.world_size > torch.cuda.device_count():
+        raise ConfigError(
+            f"--tp {config.tp} --cp {config.cp} needs {config.world_size} GPUs",
+            f"tp x cp <= {torch.cuda.device_count()}, the GPUs of this machine",
+            "lower --cp or --tp",
+        )
+    if config.cp == 1:
+        return
+    architecture = _architecture(model_path, trust_remote_code, revision)
+    if architecture not in SUPPORTED:
+        raise ConfigError(
+            f"{model_path} is a {architecture}, with --cp {config.cp}",
+            ", ".join(SUPPORTED),
+            "serve it with --cp 1, where SGLang's own model runs",
+        )
+
+
+def _architecture(model_path: str, trust_remote_code: bool, revision: str | None) -> str:
+    from sglang.srt.utils.hf_transformers_utils import get_config
+
+    try:
+        found = get_config(model_path, trust_remote_code=trust_remote_code, revision=revision)
+    except Exception as error:
+        raise ConfigError(
+            f"--model-path {model_path} has no readable config.json ({str(error).splitlines()[0]})",
+            "a checkpoint directory or a model id of the hub",
+            "check the path",
+        ) from error
+    return (found.architectures or ["unknown"])[0]

@@ -1,0 +1,56 @@
+"""What ran for each request: attached to SGLang's output, so that meta info, logs and counters tell the same."""
+
+import logging
+from collections import Counter
+
+from sglang_mm.serving.plan import PrefillPlan
+
+KEY = "sglang_mm"  # in a response's meta_info: a list with one record
+logger = logging.getLogger(__name__)
+
+
+def sharded_records(plan: PrefillPlan, forward_batch) -> list[dict]:
+    """One record per request of a sharded batch."""
+    return [
+        _record("ring", plan.transport.size, plan.request_rows(i), forward_batch, i, [])
+        for i in range(forward_batch.batch_size)
+    ]
+
+
+def stock_records(forward_batch, ranks: int, reason: str | None) -> list[dict]:
+    """One record per request of a batch on SGLang's own path: every rank computed every row."""
+    fallbacks = [reason] if reason else []
+    return [
+        _record("stock", ranks, [forward_batch.extend_seq_lens_cpu[i]] * ranks, forward_batch, i, list(fallbacks))
+        for i in range(forward_batch.batch_size)
+    ]
+
+
+def _record(schedule, ranks, rows, forward_batch, request, fallbacks) -> dict:
+    return {
+        "schedule": schedule,
+        "ranks": ranks,
+        "rows_per_rank": rows,
+        "new_tokens": forward_batch.extend_seq_lens_cpu[request],
+        "cached_tokens": forward_batch.extend_prefix_lens_cpu[request],
+        "fallbacks": fallbacks,
+    }
+
+
+class Fallbacks:
+    """Counts batches that were not sharded, by reason; logs each reason once."""
+
+    def __init__(self):
+        self.count = Counter()
+
+    def note(self, reason: str | None, forward_batch) -> None:
+        if reason is None:
+            return
+        self.count[reason] += 1
+        if self.count[reason] == 1:
+            logger.info(
+                "not sharded: %s (%s new tokens); dense and exact on every rank. Said once per reason, counted in "
+                "each response's meta_info and at /sglang_mm/status.",
+                reason,
+                forward_batch.extend_seq_lens_cpu,
+            )

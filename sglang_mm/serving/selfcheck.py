@@ -1,0 +1,127 @@
+"""Fail the launch, with one message, when SGLang is not what this package was written for or the plugin is not live.
+
+SGLang only logs a plugin's errors and goes on without it; then it would serve wrong values under our flags.
+"""
+
+import inspect
+from importlib.metadata import PackageNotFoundError, version
+from pkgutil import resolve_name
+
+from sglang_mm.config import Config
+from sglang_mm.errors import SelfCheckError
+
+SGLANG = "0.5.23"
+PARAMETERS = {  # below sglang.srt, functions we call or override: the parameters we rely on
+    "distributed.parallel_state:patch_tensor_parallel_group": "tp_group owns_attention",
+    "layers.attention.base_attn_backend:AttentionBackend.forward_extend": "q k v layer forward_batch save_kv_cache",
+    "layers.attention.base_attn_backend:AttentionBackend.init_forward_metadata": "forward_batch",
+    "mem_cache.memory_pool:KVWriteLoc": "loc physical",
+    "managers.mm_utils:prepare_mm_inputs": "input_ids forward_batch language_model",
+    "managers.scheduler:Scheduler.get_init_info": "self",
+    "managers.scheduler:run_scheduler_process": "server_args port_args pipe_writer",
+    "managers.tokenizer_manager:TokenizerManager.update_request_meta_info": "meta_info state customized_info index",
+    "models.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration.forward": "input_ids positions forward_batch",
+    "multimodal.processors.qwen_vl:preprocess_video": "vr video_config",
+    "multimodal.processors.qwen_vl:_get_processor_video_config": "video_config video_metadata",
+    "layers.attention.vision:VisionSdpaAttention.forward": "q k v bsz cu_seqlens",
+}
+FIELDS = {  # below sglang.srt, data we read or write
+    "managers.schedule_batch:MultimodalDataItem": "offsets feature precomputed_embeddings",
+    "model_executor.forward_batch_info:ForwardBatch": (
+        "extend_prefix_lens_cpu extend_seq_lens_cpu extend_logprob_start_lens_cpu mm_inputs mrope_positions "
+        "out_cache_loc out_cache_loc_is_physical capture_hidden_mode"
+    ),
+    "layers.logits_processor:LogitsProcessorOutput": "customized_info",
+}
+
+
+def check_sglang() -> None:
+    """Version and shape of the installed SGLang. Raises SelfCheckError naming every difference."""
+    try:
+        installed = version("sglang")
+    except PackageNotFoundError:
+        raise SelfCheckError(f"SGLang is not installed. Remedy: pip install sglang=={SGLANG}") from None
+    if installed != SGLANG:
+        raise SelfCheckError(
+            f"SGLang {installed} is installed. Allowed: {SGLANG}. Remedy: pip install sglang=={SGLANG}"
+        )
+    if wrong := [problem for problem in _differences() if problem]:
+        raise SelfCheckError(
+            f"SGLang {installed} has been changed: {'; '.join(wrong)}. Remedy: reinstall sglang=={SGLANG}"
+        )
+
+
+def _differences():
+    for path, names in {**PARAMETERS, **FIELDS}.items():
+        try:
+            found = resolve_name(f"sglang.srt.{path}")
+        except (ImportError, AttributeError) as error:
+            yield f"{path} is missing ({error})"
+            continue
+        if path in PARAMETERS:
+            has = set(inspect.signature(found).parameters)
+        else:
+            has = set(inspect.get_annotations(found))
+        if lacking := [name for name in names.split() if name not in has]:
+            yield f"{path} lacks {', '.join(lacking)}"
+
+
+def check_plugin() -> Config:
+    """The plugin of this process is live: backend, models, hooks. Returns the launcher's configuration."""
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.models.registry import ModelRegistry
+    from sglang.srt.platforms import current_platform
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from sglang_mm.serving import platform, plugin
+
+    config = Config.from_env()
+    wanted = [*plugin.HOOKS, *(() if platform.has_accelerator() else platform.HOOKS)]
+    missing = [f"hook on {target}" for target in wanted if target not in HookRegistry._patched]
+    if "mm_ring" not in ATTENTION_BACKENDS:
+        missing.append("attention backend mm_ring")
+    model = ModelRegistry.models.get("Qwen2_5_VLForConditionalGeneration")
+    if model is None or not model.__module__.startswith("sglang_mm."):
+        missing.append("model Qwen2_5_VLForConditionalGeneration")
+    if config is None:
+        missing.append("configuration of the launcher")
+    if not platform.has_accelerator() and current_platform.device_name != "cpu":
+        missing.append("CPU reference platform (import sglang_mm before sglang)")
+    if missing:
+        raise SelfCheckError(
+            f"the sglang_mm plugin is not live in this process, it lacks: {', '.join(missing)}. Remedy: start with "
+            "python -m sglang_mm.launch or sglang_mm.Engine; leave SGLANG_PLUGINS unset or let it contain sglang_mm; "
+            "look above for an error that SGLang logged while loading plugins"
+        )
+    return config
+
+
+def describe_worker(info: dict, scheduler) -> dict:
+    """After-hook on Scheduler.get_init_info: assert that this worker runs our model and backend, and tell its sizes.
+
+    Adds `sglang_mm` to what the launcher hears of each rank: kv_heads, q_heads (of this rank), layers, head_dim,
+    kv_bytes_per_token (K and V of all layers on this rank), backends.
+    """
+    from sglang_mm.serving.context_parallel import ContextParallelMixin
+
+    config = check_plugin()
+    runner = scheduler.tp_worker.model_runner
+    if not isinstance(runner.model, ContextParallelMixin) and config.cp > 1:
+        raise SelfCheckError(f"the model of this worker is {type(runner.model)}, which is not context parallel")
+    pool = runner.token_to_kv_pool
+    keys, values = pool.get_kv_size_bytes()
+    k_buffer = pool.get_key_buffer(0)
+    layers = runner.model_config.num_hidden_layers
+    values_width = pool.get_value_buffer(0)[0].numel()
+    info["sglang_mm"] = {
+        "layers": layers,
+        "kv_heads": k_buffer.shape[-2],
+        "q_heads": runner.model_config.num_attention_heads // config.tp,
+        "head_dim": k_buffer.shape[-1],
+        "kv_bytes_per_token": layers * (k_buffer[0].numel() + values_width) * k_buffer.element_size(),
+        "kv_bytes": keys + values,
+        "prefill_backend": runner.prefill_attention_backend_str,
+        "decode_backend": runner.decode_attention_backend_str,
+        "context_length": runner.model_config.context_len,
+    }
+    return info

@@ -1,0 +1,43 @@
+"""The HTTP server: SGLang's own, started with our worker, routes and announcements."""
+
+import os
+from collections.abc import Callable
+
+from sglang_mm.config import Config
+from sglang_mm.serving.preflight import check_launch, environment
+from sglang_mm.serving.settings import to_argv
+
+
+def serve(
+    config: Config,
+    sglang_flags: list[str],
+    *,
+    on_start: Callable[[str, str], None],
+    on_ready: Callable[[dict, str], None],
+) -> None:
+    """Run until SIGINT or SIGTERM. Raises ConfigError or SelfCheckError before any process starts.
+
+    on_start(model, device) is called before start-up, on_ready(rank 0's scheduler info, url) when requests are served.
+    """
+    with environment(config) as on_cpu:
+        from sglang.srt.entrypoints import http_server
+        from sglang.srt.server_args import prepare_server_args
+        from sglang.srt.utils import kill_process_tree
+
+        from sglang_mm.serving import requests, worker
+
+        args = prepare_server_args(to_argv(config, sglang_flags, on_cpu=on_cpu))
+        check_launch(config, args.model_path, trust_remote_code=args.trust_remote_code, revision=args.revision)
+        on_start(args.model_path, "cpu (reference platform)" if on_cpu else "gpu")
+        requests.add_routes(http_server.app)
+        url = f"http://{args.host}:{args.port}"
+
+        def announce() -> None:
+            on_ready(http_server.get_global_state().scheduler_info, url)
+
+        try:
+            http_server.launch_server(
+                args, run_scheduler_process_func=worker.run_scheduler_process, launch_callback=announce
+            )
+        finally:
+            kill_process_tree(os.getpid(), include_parent=False)

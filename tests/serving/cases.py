@@ -1,0 +1,70 @@
+"""The prompts every rank count must answer alike: text, one image, several images, one video.
+
+Media are processed once, by the checkpoint's own processor, and the same tensors go to every engine and to
+transformers; `file` is an mp4 that SGLang decodes and samples itself.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+NEW_TOKENS = 16
+TOP = 20
+SAMPLING = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    """request: keyword arguments of Engine.generate. new_tokens: of the prompt, that the prefill computes."""
+
+    name: str
+    request: dict = field(repr=False)
+
+
+def generate_arguments(case: Case) -> dict:
+    return {**case.request, "sampling_params": SAMPLING, "return_logprob": True, "top_logprobs_num": TOP}
+
+
+def build(model_path: str, video_path: str) -> list[Case]:
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(model_path)
+    rng = np.random.default_rng(7)
+
+    def picture(height: int, width: int) -> np.ndarray:
+        """A smooth random image, uint8 [height, width, 3]."""
+        coarse = rng.integers(0, 256, (height // 28 + 1, width // 28 + 1, 3), dtype=np.uint8)
+        return np.kron(coarse, np.ones((28, 28, 1), np.uint8))[:height, :width]
+
+    def frames(count: int, height: int, width: int) -> np.ndarray:
+        first = picture(height, width)
+        return np.stack([np.roll(first, (9 * i, 17 * i), (0, 1)) for i in range(count)])
+
+    text = "".join(chr(c) for c in rng.integers(97, 123, 700))
+    return [
+        Case("text", {"input_ids": processor.tokenizer(text)["input_ids"]}),
+        _media_case("one image", processor, "Describe: ", images=[picture(728, 840)]),
+        _media_case("three images", processor, "Compare these: ",
+                    images=[picture(224, 280), picture(448, 392), picture(392, 560)]),
+        _media_case("one video", processor, "What moves? ", videos=[frames(24, 224, 280)]),
+        Case("video file", {"prompt": _chat(processor, ["video"], "And here? "), "video_data": [video_path]}),
+    ]  # fmt: skip
+
+
+def _chat(processor, kinds: list[str], question: str) -> str:
+    content = [{"type": kind} for kind in kinds] + [{"type": "text", "text": question}]
+    return processor.tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def _media_case(name: str, processor, question: str, images=(), videos=()) -> Case:
+    prompt = _chat(processor, ["image"] * len(images) + ["video"] * len(videos), question)
+    kwargs = {"images": list(images)} if images else {"videos": list(videos), "do_sample_frames": False, "fps": 2.0}
+    made = processor(text=[prompt], return_tensors="pt", **kwargs)
+    tensors = {key: value for key, value in made.items() if key.startswith(("pixel", "image_grid", "video_grid"))}
+    if videos:
+        tensors["second_per_grid_ts"] = [1.0]
+    request = {"input_ids": made["input_ids"][0].tolist()}
+    request["image_data" if images else "video_data"] = [{"format": "processor_output", **tensors}]
+    return Case(name, request)
