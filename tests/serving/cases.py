@@ -68,3 +68,18 @@ def _media_case(name: str, processor, question: str, images=(), videos=()) -> Ca
     request = {"input_ids": made["input_ids"][0].tolist()}
     request["image_data" if images else "video_data"] = [{"format": "processor_output", **tensors}]
     return Case(name, request)
+
+
+def follow_ups(prompts: list[Case]) -> list[Case]:
+    """Asked after the prompts: a hit in the prefix cache, a batch, input log-probabilities, a short request."""
+    by_name = {case.name: case for case in prompts}
+    scored = {"sampling_params": SAMPLING, "return_logprob": True, "top_logprobs_num": TOP}
+    video, text = by_name["one video"].request, by_name["text"].request
+    longer = {**video, "input_ids": video["input_ids"] + list(range(40, 80)) * 20}
+    batch = {"input_ids": [text["input_ids"][3:], text["input_ids"][7:90]]}
+    return [
+        Case("cached prefix", {**longer, **scored}),
+        Case("batch", {**batch, **scored}),
+        Case("input logprobs", {"input_ids": text["input_ids"][1:], **scored, "logprob_start_len": 100}),
+        Case("short", {"input_ids": text["input_ids"][:9], **scored}),
+    ]

@@ -62,8 +62,8 @@ def _serve(pipe, engine_class: str, arguments: dict) -> None:
         while True:
             method, args, kwargs = pipe.recv()
             try:
-                call = getattr(running, method, None) or globals()[method]
-                value = call(*args, **kwargs) if hasattr(running, method) else call(running, *args, **kwargs)
+                helper = globals().get(method)
+                value = helper(running, *args) if helper else getattr(running, method)(*args, **kwargs)
                 pipe.send(("value", value))
             except Exception:
                 pipe.send(("error", traceback.format_exc()))
@@ -83,11 +83,11 @@ def keep_prompts(running) -> None:
     from sglang_mm.demo import huggingface
 
     processor = running.tokenizer_manager.mm_processor
-    process, running.kept_prompts = processor.process_mm_data_async, []
+    process, running.kept = processor.process_mm_data_async, []
 
     async def remember(*args, **kwargs):
         prepared = await process(*args, **kwargs)
-        running.kept_prompts.append(huggingface.prompt_of(prepared))
+        running.kept.append(huggingface.prompt_of(prepared))
         return prepared
 
     processor.process_mm_data_async = remember
@@ -95,4 +95,4 @@ def keep_prompts(running) -> None:
 
 def kept_prompts(running) -> list:
     """Prompts since keep_prompts, oldest first."""
-    return running.kept_prompts
+    return running.kept

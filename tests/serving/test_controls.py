@@ -1,0 +1,47 @@
+"""The comparisons of test_values fail when something is wrong: each fault shows in the log-probabilities."""
+
+import os
+
+import pytest
+
+from tests.serving import compare
+from tests.serving.broken import FAULT_FILE
+from tests.serving.cases import generate_arguments
+from tests.serving.engine_process import engine
+
+FAULTS = ["none", "remote piece dropped", "frame swapped", "merge without weights"]
+
+
+@pytest.fixture(scope="module")
+def broken_answers(checkpoint, prompts, tmp_path_factory) -> dict:
+    path = tmp_path_factory.mktemp("fault") / "fault"
+    path.write_text("none")
+    os.environ[FAULT_FILE] = str(path)
+    (case,) = [case for case in prompts if case.name == "one video"]
+    told = {}
+    try:
+        with engine("tests.serving.broken:BrokenEngine", model_path=checkpoint, cp=2) as ask:
+            for fault in FAULTS:
+                path.write_text(fault)
+                ask("flush_cache")
+                told[fault] = ask("generate", **generate_arguments(case))
+    finally:
+        del os.environ[FAULT_FILE]
+    return told
+
+
+def passes(mine: dict, single: dict) -> bool:
+    """What test_values asserts, as a verdict."""
+    try:
+        return mine["output_ids"] == single["output_ids"] and (
+            compare.largest_difference(mine, single) <= compare.TOLERANCE
+        )
+    except AssertionError:
+        return False
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_comparison_notices(answers, broken_answers, fault):
+    record = compare.record_of(broken_answers[fault])
+    assert record["schedule"] == "ring" and record["cached_tokens"] == 0
+    assert passes(broken_answers[fault], answers(1, 1)["one video"]) == (fault == "none")
