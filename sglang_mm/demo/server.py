@@ -1,6 +1,5 @@
 """The demo's server and its client: real processes, real HTTP, every wait with a deadline."""
 
-import json
 import os
 import signal
 import socket
@@ -10,6 +9,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import requests
 
 from sglang_mm.errors import SglangMMError
 
@@ -98,16 +99,14 @@ def generate(url: str, prompt: str, video: Path, new_tokens: int, top: int) -> d
 
 def record(url: str, rid: str) -> dict:
     """What ran for one request."""
-    import requests
-
-    reply = requests.get(f"{url}/sglang_mm/requests/{rid}", timeout=30)
-    reply.raise_for_status()
-    return reply.json()
+    return _checked(requests.get(f"{url}/sglang_mm/requests/{rid}", timeout=30)).json()
 
 
-def _post(url: str, body: dict):
-    import requests
+def _post(url: str, body: dict) -> requests.Response:
+    return _checked(requests.post(url, json=body, timeout=ANSWER_DEADLINE_S))
 
-    reply = requests.post(url, data=json.dumps(body), timeout=ANSWER_DEADLINE_S)
-    reply.raise_for_status()
+
+def _checked(reply: requests.Response) -> requests.Response:
+    if not reply.ok:
+        raise SglangMMError(f"{reply.url} answered {reply.status_code}: {reply.text[:2000]}")
     return reply

@@ -16,6 +16,7 @@ class Engine(stock.Engine):
     any process starts.
     """
 
+    init_tokenizer_manager_func = staticmethod(worker.init_tokenizer_manager)
     run_scheduler_process_func = staticmethod(worker.run_scheduler_process)
 
     def __init__(

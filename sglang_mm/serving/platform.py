@@ -34,13 +34,14 @@ def install() -> None:
     """Make the few calls of SGLang that assume CUDA or pad for all ranks work here; called by the plugin."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    torch.Tensor.pin_memory = _keep_memory  # the video path pins unconditionally; there is no device to pin for
+    without_pinned_memory()
     for target, hook in HOOKS.items():
         HookRegistry.register(target, globals()[hook], HookType.AROUND)
 
 
-def _keep_memory(tensor: torch.Tensor, *_args, **_kwargs) -> torch.Tensor:
-    return tensor
+def without_pinned_memory() -> None:
+    """SGLang's video path pins unconditionally; where there is no device to pin for, torch raises."""
+    torch.Tensor.pin_memory = lambda tensor, *_args, **_kwargs: tensor
 
 
 def _align_to_model_replica(original, model_config, load_config, tp_size):

@@ -33,8 +33,6 @@ def activate() -> None:
         ModelRegistry.register(MODELS, overwrite=True)
     register_attention_backend("mm_ring")(_ring_backend)
     add_attention_backend_choices(["mm_ring"])
-    if config.vision == "frames":
-        os.environ["SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE"] = "sglang_mm.serving.processors"
     for target, hook in HOOKS.items():
         HookRegistry.register(target, resolve_name(hook), HookType.AFTER)
     if not platform.has_accelerator():

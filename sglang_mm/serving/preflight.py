@@ -8,6 +8,7 @@ from sglang_mm.config import Config
 from sglang_mm.errors import ConfigError
 from sglang_mm.serving.plugin import MODELS
 
+PROCESSORS = "sglang_mm.serving.processors"
 SUPPORTED = ("Qwen2_5_VLForConditionalGeneration",)
 
 
@@ -22,6 +23,8 @@ def environment(config: Config) -> Iterator[bool]:
     config.to_env()
     # SGLang then imports its own two hundred models only if ours is not the one asked for
     os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", MODELS)
+    if config.vision == "frames":
+        os.environ["SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE"] = PROCESSORS
     if config.cp > 1:
         # replicas sample the same token from the same logits; SGLang then also compares what they sampled
         os.environ.setdefault("SYNC_TOKEN_IDS_ACROSS_TP", "1")

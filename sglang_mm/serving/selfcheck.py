@@ -96,6 +96,16 @@ def check_plugin() -> Config:
     return config
 
 
+def check_processor(processor) -> None:
+    """SGLang's tokenizer manager holds our processor, where we have one for its model."""
+    is_stock = type(processor).__module__ == "sglang.srt.multimodal.processors.qwen_vl"
+    if is_stock and processor.model_type == "qwen2_5_vl" and check_plugin().vision == "frames":
+        raise SelfCheckError(
+            f"the multimodal processor is SGLang's {type(processor).__name__}, which drops the video's timing. "
+            "Remedy: look above for an error that SGLang logged while importing sglang_mm.serving.processors"
+        )
+
+
 def describe_worker(info: dict, scheduler) -> dict:
     """After-hook on Scheduler.get_init_info: assert that this worker runs our model and backend, and tell its sizes.
 

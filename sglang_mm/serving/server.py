@@ -37,7 +37,10 @@ def serve(
 
         try:
             http_server.launch_server(
-                args, run_scheduler_process_func=worker.run_scheduler_process, launch_callback=announce
+                args,
+                init_tokenizer_manager_func=worker.init_tokenizer_manager,
+                run_scheduler_process_func=worker.run_scheduler_process,
+                launch_callback=announce,
             )
         finally:
             kill_process_tree(os.getpid(), include_parent=False)

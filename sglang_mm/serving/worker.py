@@ -1,16 +1,15 @@
-"""SGLang's scheduler process, entered through a door that makes sure the plugin is live in it."""
+"""The doors through which SGLang starts its parts: each makes sure that ours is live behind it."""
 
 import sys
 
 from sglang_mm.errors import SglangMMError
+from sglang_mm.serving.selfcheck import check_plugin, check_processor
 
 
 def run_scheduler_process(*args, **kwargs) -> None:
-    """What SGLang starts for each rank. A worker without our plugin would serve wrong values, so it ends here."""
+    """The process of one rank. Without our plugin it would serve wrong values, so it ends here instead."""
     from sglang.srt.managers.scheduler import run_scheduler_process as run_stock
     from sglang.srt.plugins import load_plugins
-
-    from sglang_mm.serving.selfcheck import check_plugin
 
     load_plugins()
     try:
@@ -18,3 +17,12 @@ def run_scheduler_process(*args, **kwargs) -> None:
     except SglangMMError as error:
         sys.exit(f"sglang_mm: {error}")
     run_stock(*args, **kwargs)
+
+
+def init_tokenizer_manager(*args, **kwargs):
+    """SGLang's tokenizer manager, in the process that starts the others. Raises SelfCheckError."""
+    from sglang.srt.entrypoints.engine import init_tokenizer_manager as init_stock
+
+    manager, templates = init_stock(*args, **kwargs)
+    check_processor(manager.mm_processor)
+    return manager, templates
