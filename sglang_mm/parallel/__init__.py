@@ -1,0 +1,1 @@
+"""Context parallelism: who computes which row, and how tensors travel. Knows kernels and types, no models."""

@@ -1,0 +1,110 @@
+"""The ring inside one process: every rank is a thread, messages are tensors handed over in shared mailboxes.
+
+For tests and for composing one rank's work on one device. On CUDA all threads use the device's default stream, so
+what a rank reads has been computed.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from sglang_mm.errors import RankMismatch, RingBroken
+from sglang_mm.parallel.transport import Settle, Transport
+
+Result = TypeVar("Result")
+
+
+class Mailboxes:
+    """What the threads share: messages by (source, destination, number), and who has failed."""
+
+    def __init__(self):
+        self._changed = threading.Condition()
+        self._messages: dict[tuple[int, int, int], list[Tensor]] = {}
+        self._failed: dict[int, BaseException] = {}
+
+    def post(self, address: tuple[int, int, int], tensors: list[Tensor]) -> None:
+        with self._changed:
+            self._messages[address] = tensors
+            self._changed.notify_all()
+
+    def take(self, address: tuple[int, int, int], stage: str, deadline_s: float) -> list[Tensor]:
+        source, began = address[0], time.monotonic()
+        with self._changed:
+            self._changed.wait_for(lambda: address in self._messages or source in self._failed, deadline_s)
+            if address not in self._messages:
+                raise RingBroken(source, stage, time.monotonic() - began, str(self._failed.get(source, "")))
+            return self._messages.pop(address)
+
+    def fail(self, rank: int, error: BaseException) -> None:
+        with self._changed:
+            self._failed[rank] = error
+            self._changed.notify_all()
+
+
+class LocalTransport(Transport):
+    """One thread's end of the mailboxes."""
+
+    def __init__(self, rank: int, size: int, mailboxes: Mailboxes, deadline_s: float, device: str = "cpu"):
+        self.rank, self.ranks, self.deadline_s = rank, range(size), deadline_s
+        self.device = torch.device(device)
+        self._mailboxes = mailboxes
+        self._sent, self._expected = Counter(), Counter()
+
+    def exchange(self, send: dict[int, list[Tensor]], receive: dict[int, list[Tensor]], stage: str) -> Settle:
+        for destination, tensors in send.items():
+            copies = [tensor.clone() for tensor in tensors]
+            self._mailboxes.post((self.rank, destination, self._sent[destination]), copies)
+            self._sent[destination] += 1
+        awaited = []
+        for source, buffers in receive.items():
+            awaited.append(((source, self.rank, self._expected[source]), buffers))
+            self._expected[source] += 1
+
+        def settle(host: bool) -> None:
+            for address, buffers in awaited:
+                self._fill(buffers, self._mailboxes.take(address, stage, self.deadline_s), address[0], stage)
+
+        return settle
+
+    def _fill(self, buffers: list[Tensor], messages: list[Tensor], source: int, stage: str) -> None:
+        expected, sent = ([tuple(tensor.shape) for tensor in tensors] for tensors in (buffers, messages))
+        if expected != sent:
+            raise RankMismatch(f"rank {self.rank} expected {expected} from rank {source} in {stage}, got {sent}")
+        for buffer, message in zip(buffers, messages, strict=True):
+            buffer.copy_(message)
+
+
+def run_ranks(
+    fn: Callable[[Transport], Result], ranks: int, *, deadline_s: float = 60.0, device: str = "cpu"
+) -> list[Result]:
+    """Run fn(transport) as `ranks` ranks in threads; their results in rank order.
+
+    Raises the error that came first, or RingBroken for a rank that has not returned when deadline_s and one second
+    for the others to report have passed. A thread that never returns is abandoned, not waited for.
+    """
+    mailboxes, results, errors = Mailboxes(), [None] * ranks, []
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = fn(LocalTransport(rank, ranks, mailboxes, deadline_s, device))
+        except BaseException as error:
+            errors.append(error)
+            mailboxes.fail(rank, error)
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True, name=f"rank {rank}") for rank in range(ranks)]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, began + deadline_s + 1 - time.monotonic()))
+    if errors:
+        raise errors[0]
+    for rank, thread in enumerate(threads):
+        if thread.is_alive():
+            raise RingBroken(rank, "run_ranks", time.monotonic() - began)
+    return results

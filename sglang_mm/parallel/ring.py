@@ -1,0 +1,95 @@
+"""Ring attention: K/V pieces go around the ranks, each rank attends to a piece while the next one is on its way.
+
+    hop      0            1            2            3
+    rank 0   own piece    of rank 3    of rank 2    of rank 1        C = 4; C-1 hops
+
+A schedule is an iterator of pieces and does not care where they rest. T tokens, H heads, D head dim.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sglang_mm.errors import ConfigError
+from sglang_mm.kernels import causal_attention, empty_state, merge
+from sglang_mm.parallel.transport import Transport
+from sglang_mm.types import BatchLayout
+
+Prefix = Callable[[int], tuple[Tensor, Tensor] | None]
+"""request -> its cached (k, v) [layout.start, Hkv, D], positions 0 .. start-1, or None where nothing is cached."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The keys and values [T, Hkv, D] of the rows that rank `source` computes, in its row order. T may be 0."""
+
+    source: int
+    k: Tensor
+    v: Tensor
+
+
+def ring_pieces(k: Tensor, v: Tensor, rows: Sequence[int], transport: Transport) -> Iterator[Piece]:
+    """The own piece, then those of rank - 1, rank - 2, ...; each next one travels while the caller computes.
+
+    k, v [T, Hkv, D] of this rank's rows; rows: T of every rank. Ranks with T = 0 take part. Every rank must consume
+    all pieces. Raises ConfigError when k, v do not have rows[rank] rows, RingBroken past the deadline.
+    """
+    size, rank = transport.size, transport.rank
+    if len(rows) != size or k.shape != v.shape or len(k) != rows[rank]:
+        given = f"rank {rank} of {size}: k {tuple(k.shape)}, v {tuple(v.shape)}, rows {list(rows)}"
+        raise ConfigError(given, "k and v alike, with rows[rank] rows", "take rows from the batch's layout")
+    piece = torch.stack([k, v])
+    for hop in range(size):
+        source = (rank - hop) % size
+        arriving = None
+        if hop + 1 < size:
+            shape = (2, rows[(source - 1) % size], *k.shape[1:])
+            arriving = transport.shift([piece], [shape], f"ring hop {hop + 1} of {size - 1}")
+        yield Piece(source, piece[0], piece[1])
+        if arriving:
+            (piece,) = arriving.wait()
+
+
+def attend_pieces(
+    q: Tensor,
+    layout: BatchLayout,
+    rank: int,
+    pieces: Iterable[Piece],
+    *,
+    scale: float,
+    prefix: Prefix | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Dense causal attention of this rank's rows over the cached prefixes and all pieces: out [Tq, Hq, D], q's dtype.
+
+    q [Tq, Hq, D]: the rank's rows of all requests, in layout order. Partial results are merged in fp32 (fp64 for fp64).
+    Raises ConfigError when q, a piece or a prefix does not have the rows that the layout says.
+    """
+    _expect_rows("q", q, layout.rows(rank))
+    out, lse = empty_state(q)
+    mine = layout.segments(rank)
+
+    def attend(request: int, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        rows, queries = mine[request], layout.requests[request].rows[rank]
+        if len(queries) and len(positions):
+            partial = causal_attention(q[rows], k, v, queries, positions, scale=scale, backend=backend)
+            merge(out[rows], lse[:, rows], *partial)
+
+    for request, start in enumerate(layout.start for layout in layout.requests):
+        cached = prefix(request) if prefix else None
+        k, v = cached or (q[:0], q[:0])
+        _expect_rows(f"cached prefix of request {request}", k, start)
+        attend(request, k, v, torch.arange(start))
+    for piece in pieces:
+        _expect_rows(f"piece of rank {piece.source}", piece.k, layout.rows(piece.source))
+        for request, theirs in enumerate(layout.segments(piece.source)):
+            positions = layout.requests[request].rows[piece.source]
+            attend(request, piece.k[theirs], piece.v[theirs], positions)
+    return out.to(q.dtype)
+
+
+def _expect_rows(what: str, tensor: Tensor, rows: int) -> None:
+    if len(tensor) != rows:
+        raise ConfigError(f"{what} with {len(tensor)} rows", f"{rows} rows", "use the layout that made the tensor")

@@ -1,0 +1,103 @@
+"""How tensors travel between the C ranks of one ring. An implementation provides `exchange`; the rest follows.
+
+Tensors without elements never travel: sender and receiver both know from the layout that nothing is there. Ranks are
+places in the ring, 0 .. C-1; errors name world ranks. Every wait ends after `deadline_s` seconds in RingBroken.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sglang_mm.errors import ConfigError, RankMismatch
+
+Settle = Callable[[bool], None]
+"""Waits for posted messages. True: until the host may read the values; False: until the device's stream may."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Tensors under way. The ones that were sent must not be written to before `wait`."""
+
+    arrivals: list[Tensor]
+    settle: Settle
+
+    def wait(self, host: bool = False) -> list[Tensor]:
+        """The received tensors. host: they will be read by the host. Raises RingBroken past the deadline."""
+        self.settle(host)
+        return self.arrivals
+
+
+class Transport(Protocol):
+    """One rank's end of the ring. device: where tensors must lie; deadline_s: seconds any wait may take."""
+
+    rank: int
+    ranks: Sequence[int]
+    device: torch.device
+    deadline_s: float
+
+    def exchange(self, send: dict[int, list[Tensor]], receive: dict[int, list[Tensor]], stage: str) -> Settle:
+        """Post messages to and from other ranks and return at once. Buffers in `receive` are filled once settled."""
+        ...
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def shift(self, tensors: Sequence[Tensor], like: Sequence[Sequence[int]], stage: str = "shift") -> Transfer:
+        """Send tensors to rank + 1 and receive as many, of shapes `like` and the same dtypes, from rank - 1."""
+        if self.size == 1:
+            return Transfer(list(tensors), _nothing_to_wait_for)
+        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        arrivals = [tensor.new_empty(tuple(shape)) for tensor, shape in zip(tensors, like, strict=True)]
+        return Transfer(arrivals, self.exchange({after: _filled(tensors)}, {before: _filled(arrivals)}, stage))
+
+    def all_to_all(
+        self, send: Sequence[Tensor], receive_rows: Sequence[int], stage: str = "all_to_all", host: bool = False
+    ) -> list[Tensor]:
+        """Send send[r] [n, ...] to rank r and return, per rank r, the receive_rows[r] rows that r sent here.
+
+        All ranks send one dtype and one shape but for n. Raises ConfigError when the lists do not fit the ring.
+        """
+        if len(send) != self.size or len(receive_rows) != self.size or receive_rows[self.rank] != len(send[self.rank]):
+            given = f"rank {self.rank} sends {[len(tensor) for tensor in send]} rows and receives {list(receive_rows)}"
+            raise ConfigError(given, f"{self.size} entries, the own one alike", "build both tables from one layout")
+        peers = [rank for rank in range(self.size) if rank != self.rank]
+        arrivals = [send[r].new_empty((rows, *send[r].shape[1:])) for r, rows in enumerate(receive_rows)]
+        arrivals[self.rank] = send[self.rank]
+        if peers:
+            outgoing = {rank: _filled([send[rank]]) for rank in peers}
+            incoming = {rank: _filled([arrivals[rank]]) for rank in peers}
+            self.exchange(outgoing, incoming, stage)(host)
+        return arrivals
+
+    def sum_(self, tensor: Tensor, stage: str = "sum") -> Tensor:
+        """Replace tensor by its sum over the ranks, the same bits on all: partials are added in rank order.
+
+        For small tensors: each rank sends all of it to every other, so that a late rank can be named.
+        """
+        first, *others = self.all_to_all([tensor.reshape(-1)] * self.size, [tensor.numel()] * self.size, stage)
+        total = first.clone()
+        for part in others:
+            total += part
+        return tensor.copy_(total.view_as(tensor))
+
+    def check_equal(self, number: int, what: str) -> None:
+        """Raise RankMismatch on every rank when `number`, 0 <= number < 2**64, is not the same on all ranks."""
+        signed = number - (1 << 64) if number >> 63 else number
+        mine = torch.tensor([signed], dtype=torch.int64, device=self.device)
+        numbers = self.all_to_all([mine] * self.size, [1] * self.size, f"check of {what}", host=True)
+        given = {rank: int(theirs) % (1 << 64) for rank, theirs in zip(self.ranks, numbers, strict=True)}
+        if len(set(given.values())) > 1:
+            listed = ", ".join(f"rank {rank}: {value:#018x}" for rank, value in given.items())
+            raise RankMismatch(f"ranks differ in {what} ({listed}). Start all ranks with one version and one input.")
+
+
+def _filled(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor.numel()]
+
+
+def _nothing_to_wait_for(host: bool) -> None:
+    pass

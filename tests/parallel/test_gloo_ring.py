@@ -1,0 +1,137 @@
+"""The ring between real processes over gloo: 2 and 3 ranks, and ranks that hang or die."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sglang_mm.errors import ConfigError, RankMismatch, RingBroken
+from sglang_mm.parallel.distributed import DistributedTransport
+from tests.parallel.processes import run_processes
+from tests.parallel.prompts import assert_ring_equals_dense, batch, make_prompts, ring_attention
+
+RINGS = {"whole world": (0, 1, 2), "two ranks, turned around": (2, 0)}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+FAULT_DEADLINE_S = 2.0
+
+
+def prompts_of(ranks: int, dtype: str):
+    return make_prompts(batch(ranks), ranks, DTYPES[dtype], seed=ranks)
+
+
+def rows_sent(source: int, destination: int) -> int:
+    return (3 * source + 5 * destination) % 4
+
+
+def message(source: int, destination: int) -> torch.Tensor:
+    return torch.full((rows_sent(source, destination), 2), 10.0 * source + destination)
+
+
+def healthy(world_rank: int) -> dict:
+    """Everything a ring does, once per ring this process belongs to."""
+    report = {}
+    for name, members in RINGS.items():
+        group = dist.new_group(sorted(members))
+        if world_rank in members:
+            transport = DistributedTransport(group, members, "cpu", deadline_s=30)
+            report[name] = {"rank": transport.rank, "checks": checks(transport)} | {
+                dtype: ring_attention(prompts_of(len(members), dtype), transport).double().numpy() for dtype in DTYPES
+            }
+    with pytest.raises(ConfigError, match="the group's ranks"):
+        DistributedTransport(dist.group.WORLD, [0, 1], "cpu", deadline_s=1)
+    return report
+
+
+def checks(transport) -> dict:
+    size, rank = transport.size, transport.rank
+    got = transport.all_to_all(
+        [message(rank, other) for other in range(size)], [rows_sent(other, rank) for other in range(size)]
+    )
+    transport.check_equal(2**64 - 3, "something equal")
+    try:
+        transport.check_equal(2**63 + rank, "layout digest")
+        mismatch = ""
+    except RankMismatch as error:
+        mismatch = str(error)
+    return {
+        "all_to_all": all(torch.equal(tensor, message(other, rank)) for other, tensor in enumerate(got)),
+        "sum": transport.sum_(torch.full((2, 3), 2.0**rank)).tolist(),
+        "mismatch": mismatch,
+    }
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    return run_processes(healthy, 3, str(tmp_path_factory.mktemp("gloo") / "store"))
+
+
+@pytest.fixture(params=RINGS)
+def ring(request, reports):
+    """(members, report of each in ring order)"""
+    members = RINGS[request.param]
+    found = [reports[world_rank][request.param] for world_rank in members]
+    assert [report["rank"] for report in found] == list(range(len(members)))
+    return members, found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ring_equals_dense(ring, dtype):
+    members, found = ring
+    outputs = [torch.from_numpy(report[dtype]).to(DTYPES[dtype]) for report in found]
+    assert_ring_equals_dense(prompts_of(len(members), dtype), outputs)
+
+
+def test_all_to_all_is_uneven(ring):
+    assert all(report["checks"]["all_to_all"] for report in ring[1])
+
+
+def test_sum_over_the_ring(ring):
+    members, found = ring
+    assert all(report["checks"]["sum"] == [[2.0 ** len(members) - 1] * 3] * 2 for report in found)
+
+
+def test_a_mismatch_is_raised_on_every_rank_and_names_world_ranks(ring):
+    members, found = ring
+    for report in found:
+        assert "layout digest" in report["checks"]["mismatch"]
+        for place, world_rank in enumerate(members):
+            assert f"rank {world_rank}: {2**63 + place:#018x}" in report["checks"]["mismatch"]
+
+
+def faulty(world_rank: int) -> list[dict]:
+    """Rank 1 hangs in a first ring and dies in a second one; the others report what they saw of each."""
+    rings = [dist.new_group(list(range(dist.get_world_size()))) for _ in range(2)]
+    faults = [lambda: time.sleep(FAULT_DEADLINE_S + 1), lambda: os._exit(3)]
+    return [broken_ring(world_rank, group, fault) for group, fault in zip(rings, faults)]
+
+
+def broken_ring(world_rank: int, group, fault) -> dict:
+    dist.barrier()  # over connections of its own: whoever hung is back
+    size = dist.get_world_size()
+    transport = DistributedTransport(group, range(size), "cpu", FAULT_DEADLINE_S)
+    prompts = prompts_of(size, "fp32")
+    ring_attention(prompts, transport)  # a ring that has worked before
+    if world_rank == 1:
+        fault()
+        return {}
+    began = time.monotonic()
+    try:
+        ring_attention(prompts, transport)
+    except RingBroken as error:
+        return {"rank": error.rank, "stage": error.stage, "elapsed_s": time.monotonic() - began, "text": str(error)}
+    return {}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_rank_that_hangs_or_dies_breaks_the_ring_for_all_others(ranks, tmp_path):
+    results = run_processes(faulty, ranks, str(tmp_path / "store"))
+    assert results[1] is None, "rank 1 was to die"
+    for rank in set(range(ranks)) - {1}:
+        hung, died = results[rank]
+        for report in (hung, died):
+            assert report["stage"].startswith("ring hop") and report["elapsed_s"] < FAULT_DEADLINE_S + 1
+        assert "onnection" in died["text"], "a closed connection is noticed at once, with its cause"
+    after = results[(1 + 1) % ranks]
+    assert [report["rank"] for report in after] == [1, 1], "the neighbour names the culprit"

@@ -1,0 +1,88 @@
+"""The same ring on CUDA. torch and pytest suffice: `pytest -m gpu tests/parallel`.
+
+One GPU: ranks are threads that share it. Two or more: one NCCL rank per GPU, at most four.
+"""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from sglang_mm.errors import RankMismatch
+from sglang_mm.parallel.distributed import DistributedTransport
+from sglang_mm.parallel.local import run_ranks
+from tests.parallel.processes import run_processes
+from tests.parallel.prompts import assert_ring_equals_dense, batch, make_prompts, ring_attention
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
+def test_threads_that_share_a_gpu_equal_dense(ranks, dtype):
+    prompts = make_prompts(batch(ranks), ranks, dtype, device="cuda")
+    outputs = run_ranks(lambda transport: ring_attention(prompts, transport), ranks, device="cuda")
+    assert all(out.is_cuda for out in outputs)
+    assert_ring_equals_dense(prompts, outputs)
+
+
+@pytest.mark.gpu
+def test_checks_between_threads_on_a_gpu():
+    def checks(transport):
+        with pytest.raises(RankMismatch, match="rank 1: 0x0000000000000001"):
+            transport.check_equal(transport.rank, "layout digest")
+        return transport.sum_(torch.full((3,), 2.0**transport.rank, device=transport.device)).tolist()
+
+    assert run_ranks(checks, 3, device="cuda") == [[7.0] * 3] * 3
+
+
+def nccl_ranks() -> int:
+    return min(4, torch.cuda.device_count())
+
+
+def nccl_ring(rank: int) -> dict:
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    ranks = dist.get_world_size()
+    transport = DistributedTransport(dist.group.WORLD, range(ranks), device, deadline_s=30)
+    send = [torch.full((other, 2), float(rank), device=device) for other in range(ranks)]
+    received = transport.all_to_all(send, [rank] * ranks)
+    outputs = {}
+    for dtype in DTYPES:
+        prompts = make_prompts(batch(ranks), ranks, dtype, device=device)
+        outputs[str(dtype)] = ring_attention(prompts, transport).double().cpu().numpy()
+    return {"outputs": outputs, "received": [tensor.tolist() for tensor in received]}
+
+
+@pytest.mark.gpu(2)
+def test_nccl_ranks_equal_dense(tmp_path):
+    ranks = nccl_ranks()
+    reports = run_processes(nccl_ring, ranks, str(tmp_path / "store"), backend="nccl")
+    for rank, report in enumerate(reports):
+        assert report["received"] == [[[float(source)] * 2] * rank for source in range(ranks)]
+    for dtype in DTYPES:
+        outputs = [torch.from_numpy(report["outputs"][str(dtype)]).to("cuda", dtype) for report in reports]
+        assert_ring_equals_dense(make_prompts(batch(ranks), ranks, dtype, device="cuda"), outputs)
+
+
+def nccl_host_runs_ahead(rank: int) -> tuple[float, float]:
+    """Seconds the host spent in a shift whose partner is still busy, and until the data was there."""
+    torch.cuda.set_device(rank)
+    transport = DistributedTransport(dist.group.WORLD, range(dist.get_world_size()), f"cuda:{rank}", deadline_s=30)
+    mine = torch.full((4,), float(rank), device="cuda")
+    torch.cuda.synchronize()
+    if rank == 1:
+        torch.cuda._sleep(2_000_000_000)  # cycles: about one second of device work before the send
+    began = time.monotonic()
+    (got,) = transport.shift([mine], [(4,)]).wait()
+    host_s = time.monotonic() - began
+    assert got.tolist() == [float((rank - 1) % dist.get_world_size())] * 4
+    return host_s, time.monotonic() - began
+
+
+@pytest.mark.gpu(2)
+def test_nccl_does_not_block_the_host(tmp_path):
+    for host_s, ready_s in run_processes(nccl_host_runs_ahead, 2, str(tmp_path / "store"), backend="nccl"):
+        assert host_s < ready_s / 2
