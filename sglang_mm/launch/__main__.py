@@ -25,6 +25,8 @@ def main(argv: list[str]) -> int:
     except SglangMMError as error:
         print(f"sglang_mm: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

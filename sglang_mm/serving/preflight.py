@@ -1,6 +1,7 @@
 """Everything that can be known to fail before a process starts, checked in that order; and the environment of one."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -76,6 +77,15 @@ def check_launch(config: Config, model_path: str, *, trust_remote_code: bool, re
             ", ".join(SUPPORTED),
             "serve it with --cp 1, where SGLang's own model runs",
         )
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ConfigError when the server's port is taken, before minutes of loading."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--port {port} on {host} ({error.strerror})", "a free port", "pass another --port") from None
 
 
 def _architecture(model_path: str, trust_remote_code: bool, revision: str | None) -> str:

@@ -1,10 +1,12 @@
 """The HTTP server: SGLang's own, started with our worker, routes and announcements."""
 
 import os
+import signal
+import sys
 from collections.abc import Callable
 
 from sglang_mm.config import Config
-from sglang_mm.serving.preflight import check_launch, environment
+from sglang_mm.serving.preflight import check_launch, check_port, environment
 from sglang_mm.serving.settings import to_argv
 
 
@@ -27,6 +29,7 @@ def serve(
         from sglang_mm.serving import requests, worker
 
         args = prepare_server_args(to_argv(config, sglang_flags, on_cpu=on_cpu))
+        check_port(args.host, args.port)
         check_launch(config, args.model_path, trust_remote_code=args.trust_remote_code, revision=args.revision)
         on_start(args.model_path, "cpu (reference platform)" if on_cpu else "gpu")
         requests.add_routes(http_server.app)
@@ -35,6 +38,8 @@ def serve(
         def announce() -> None:
             on_ready(http_server.get_global_state().scheduler_info, url)
 
+        # until SGLang installs its own handler, SIGTERM must reach the `finally` that ends the ranks
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             http_server.launch_server(
                 args,

@@ -1,0 +1,91 @@
+"""Our command line: frozen flags, what passes through, what is refused."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sglang_mm.config import Config
+from sglang_mm.errors import ConfigError
+from sglang_mm.launch.args import build_parser, parse
+from sglang_mm.serving.preflight import bind_cores
+from sglang_mm.serving.settings import REFUSED, to_argv
+
+FLAGS = {
+    "--help", "--tp", "--tp-size", "--tensor-parallel-size", "--cp", "--schedule", "--cp-min-tokens", "--vision",
+    "--deadline", "--help-all",
+}  # fmt: skip
+
+
+def test_flags_are_frozen():
+    """People's scripts depend on these: adding is free, removing or renaming one is a breaking change."""
+    assert {flag for flag in build_parser()._option_string_actions if flag.startswith("--")} == FLAGS
+
+
+def test_help_is_fast_and_ours_first():
+    start = time.perf_counter()
+    shown = subprocess.run([sys.executable, "-m", "sglang_mm.launch", "--help"], capture_output=True, text=True)
+    assert time.perf_counter() - start < 2
+    assert shown.returncode == 0 and shown.stdout.index("--cp C") < shown.stdout.index("--help-all  ")
+
+
+def test_everything_else_is_sglangs():
+    words = ["--model-path", "M", "--cp", "2", "--revision", "abc", "--trust-remote-code", "--port=1", "--tp", "2"]
+    launch = parse(words)
+    assert launch.config == Config(tp=2, cp=2)
+    assert launch.sglang == ["--model-path", "M", "--revision", "abc", "--trust-remote-code", "--port=1"]
+
+
+def test_world_is_t_times_c():
+    argv = to_argv(Config(tp=2, cp=4), ["--model-path", "M"], on_cpu=False)
+    assert argv[argv.index("--tp-size") + 1] == "8" and argv[argv.index("--attn-cp-size") + 1] == "4"
+    assert argv[argv.index("--prefill-attention-backend") + 1] == "mm_ring"
+    assert "--enable-prefill-cp" not in argv
+
+
+def test_one_replica_is_plain_sglang():
+    assert to_argv(Config(tp=2), ["--model-path", "M"], on_cpu=False) == ["--model-path", "M", "--tp-size", "2"]
+
+
+def test_the_users_choice_wins_over_our_defaults():
+    argv = to_argv(Config(cp=2), ["--chunked-prefill-size", "4096", "--dtype=bfloat16"], on_cpu=True)
+    assert argv.count("--chunked-prefill-size") == 1 and argv[argv.index("--chunked-prefill-size") + 1] == "4096"
+    assert "--dtype" not in argv
+
+
+@pytest.mark.parametrize("flag", sorted(REFUSED))
+def test_refused_with_context_parallelism(flag):
+    with pytest.raises(ConfigError, match=f"{flag} with --cp 2.*Allowed: .*Remedy: "):
+        parse(["--model-path", "M", "--cp", "2", flag, "2"])
+    assert parse(["--model-path", "M", flag, "2"]).sglang[-2:] == [flag, "2"]
+
+
+def test_refused_flags_that_switch_nothing_on_pass():
+    assert parse(["--cp", "2", "--pp-size", "1"]).sglang == ["--pp-size", "1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--cp", "0"], "--cp 0"), (["--tp", "-1"], "--tp -1"), (["--cp-min-tokens", "0"], "--cp-min-tokens 0"),
+     (["--deadline", "0"], "--deadline 0")],
+)  # fmt: skip
+def test_impossible_values_name_flag_and_remedy(words, message):
+    with pytest.raises(ConfigError, match=f"{message}.*Allowed: .*Remedy: "):
+        parse(words)
+
+
+def test_config_reaches_workers_through_the_environment(monkeypatch):
+    monkeypatch.delenv("SGLANG_MM_CONFIG", raising=False)
+    assert Config.from_env() is None
+    monkeypatch.setenv("SGLANG_MM_CONFIG", "")
+    Config(tp=2, cp=3, vision="stock").to_env()
+    assert Config.from_env() == Config(tp=2, cp=3, vision="stock")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cores", "expected"),
+    [(1, 2, "0-1"), (2, 2, "0|1"), (3, 2, "0|1|0"), (2, 8, "0-3|4-7"), (3, 8, "0-1|2-3|4-5")],
+)
+def test_cores_of_ranks(ranks, cores, expected):
+    assert bind_cores(ranks, cores) == expected

@@ -1,0 +1,102 @@
+"""`python -m sglang_mm.launch`, as a user runs it: real processes, real HTTP, real signals."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import requests
+
+from sglang_mm.demo import server
+from sglang_mm.tiny import write_checkpoint
+
+LAUNCH = [sys.executable, "-m", "sglang_mm.launch"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    return str(write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny"))
+
+
+def processes_of(session: int) -> list[psutil.Process]:
+    """Living processes of a session, zombies aside."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if psutil.os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, ProcessLookupError):
+            continue
+    return found
+
+
+def wait_until_none_left(session: int, deadline_s: float) -> list[psutil.Process]:
+    end = time.monotonic() + deadline_s
+    while (left := processes_of(session)) and time.monotonic() < end:
+        time.sleep(0.2)
+    return left
+
+
+def start(arguments: list[str], log) -> subprocess.Popen:
+    with log.open("w") as out:
+        return subprocess.Popen([*LAUNCH, *arguments], stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def test_serves_and_stops_on_sigint(checkpoint, tmp_path):
+    port, log = server.free_port(), tmp_path / "log"
+    process = start(["--model-path", checkpoint, "--cp", "2", "--port", str(port), "--cp-min-tokens", "64"], log)
+    try:
+        server.wait_until_ready(process, log)
+        said = log.read_text()
+        for line in ("tp 1 x cp 2 = 2 ranks", "schedule auto -> ring", "backends   prefill mm_ring, decode ",
+                     "bytes per token and rank", "fits       prompt + answer of up to", f"127.0.0.1:{port}"):  # fmt: skip
+            assert line in said
+        url = f"http://127.0.0.1:{port}"
+        body = {"text": "long enough " * 10, "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
+        told = requests.post(f"{url}/generate", json=body, timeout=60).json()["meta_info"]
+        assert told["sglang_mm"][0]["schedule"] == "ring"
+        assert requests.get(f"{url}/sglang_mm/requests/{told['id']}", timeout=10).json() == told["sglang_mm"][0]
+        assert requests.get(f"{url}/sglang_mm/requests/nobody", timeout=10).status_code == 404
+        requests.post(f"{url}/generate", json={**body, "text": "short"}, timeout=60)
+        status = requests.get(f"{url}/sglang_mm/status", timeout=10).json()
+        assert status["requests"]["ring"] == 1 and status["fallbacks"]["below --cp-min-tokens"] >= 1
+        assert "not sharded: below --cp-min-tokens" in log.read_text()
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
+        assert not wait_until_none_left(process.pid, 10)
+    finally:
+        server.stop(process)
+
+
+def test_stops_on_sigterm_while_starting(checkpoint, tmp_path):
+    log = tmp_path / "log"
+    process = start(["--model-path", checkpoint, "--cp", "2", "--port", str(server.free_port())], log)
+    try:
+        end = time.monotonic() + 60
+        while len(processes_of(process.pid)) < 3 and time.monotonic() < end:
+            time.sleep(0.1)
+        assert len(processes_of(process.pid)) >= 3, "the ranks' processes did not start"
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+        assert not wait_until_none_left(process.pid, 10)
+    finally:
+        server.stop(process)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model-path", "/nowhere", "--cp", "2"], "--model-path /nowhere"),
+        (["--model-path", "CHECKPOINT", "--cp", "2", "--no-such-flag"], "--no-such-flag"),
+        (["--model-path", "CHECKPOINT", "--cp", "2", "--port", "BUSY"], "--port"),
+    ],
+)
+def test_fails_early_with_one_clear_message(checkpoint, arguments, message, tmp_path):
+    with server.socket.create_server(("127.0.0.1", 0)) as busy:
+        words = [{"CHECKPOINT": checkpoint, "BUSY": str(busy.getsockname()[1])}.get(word, word) for word in arguments]
+        done = subprocess.run([*LAUNCH, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode not in (0, None)
+    assert message in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
