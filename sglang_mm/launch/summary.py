@@ -27,19 +27,18 @@ def _vision(config: Config) -> str:
     return "frames: each rank encodes its own frames; attention inside each frame; true video timing"
 
 
-def ready(config: Config, info: dict, url: str | None) -> str:
+def ready(config: Config, info: dict, url: str) -> str:
     """After start-up. info: what rank 0's scheduler told (max_total_num_tokens and describe_worker's sizes)."""
     sizes = info["sglang_mm"]
     fits = min(info["max_total_num_tokens"], sizes["context_length"])
     bound = "context length" if fits == sizes["context_length"] else "K/V memory"
-    backends = f"prefill {sizes['prefill_backend']}, decode {sizes['decode_backend']}"
-    lines = [
-        f"  backends   {backends}",
-        f"  K/V        {sizes['kv_bytes_per_token']:,} bytes per token and rank ({sizes['layers']} layers x "
-        f"{sizes['kv_heads']} K/V heads x {sizes['head_dim']}), {sizes['kv_bytes'] / 2**30:.2f} GiB per rank"
-        + (", replicated over cp" if config.cp > 1 else ""),
-        f"  fits       prompt + answer of up to {fits:,} tokens (bound by {bound})",
-    ]
-    if url:
-        lines.append(f"sglang_mm is ready at {url}")
+    lines = [f"  backends   prefill {sizes['prefill_backend']}, decode {sizes['decode_backend']}"]
+    if "kv_bytes" in sizes:
+        lines.append(
+            f"  K/V        {sizes['kv_bytes_per_token']:,} bytes per token and rank ({sizes['layers']} layers x "
+            f"{sizes['kv_heads']} K/V heads x {sizes['head_dim']}), {sizes['kv_bytes'] / 2**30:.2f} GiB per rank"
+            + (", replicated over cp" if config.cp > 1 else "")
+        )
+    lines.append(f"  fits       prompt + answer of up to {fits:,} tokens (bound by {bound})")
+    lines.append(f"sglang_mm is ready at {url}")
     return "\n".join(lines)

@@ -61,7 +61,7 @@ def reason_for_stock(forward_batch, config: Config) -> str | None:
     """Why this extend batch must take SGLang's own path on every rank, or None when it can be sharded."""
     if forward_batch.forward_mode != ForwardMode.EXTEND:
         return "batch mixes prefill with decode or speculation"
-    if max(forward_batch.extend_seq_lens_cpu) < config.cp_min_tokens:
+    if max(forward_batch.extend_seq_lens_cpu) < max(config.cp_min_tokens, config.cp):  # every rank needs a row
         return "below --cp-min-tokens"
     if forward_batch.capture_hidden_mode.need_capture():
         return "hidden states requested"

@@ -107,31 +107,37 @@ def check_processor(processor) -> None:
 
 
 def describe_worker(info: dict, scheduler) -> dict:
-    """After-hook on Scheduler.get_init_info: assert that this worker runs our model and backend, and tell its sizes.
+    """After-hook on Scheduler.get_init_info: assert that this worker runs our model, and tell its sizes.
 
-    Adds `sglang_mm` to what the launcher hears of each rank: kv_heads, q_heads (of this rank), layers, head_dim,
-    kv_bytes_per_token (K and V of all layers on this rank), backends.
+    Adds `sglang_mm` to what the launcher hears of each rank: layers, q_heads, context_length, prefill_backend,
+    decode_backend, and, for caches with K and V of every layer, kv_heads, head_dim, kv_bytes_per_token, kv_bytes.
     """
     from sglang_mm.serving.context_parallel import ContextParallelMixin
 
     config = check_plugin()
     runner = scheduler.tp_worker.model_runner
-    if not isinstance(runner.model, ContextParallelMixin) and config.cp > 1:
+    if config.cp > 1 and not isinstance(runner.model, ContextParallelMixin):
         raise SelfCheckError(f"the model of this worker is {type(runner.model)}, which is not context parallel")
-    pool = runner.token_to_kv_pool
-    keys, values = pool.get_kv_size_bytes()
-    k_buffer = pool.get_key_buffer(0)
-    layers = runner.model_config.num_hidden_layers
-    values_width = pool.get_value_buffer(0)[0].numel()
     info["sglang_mm"] = {
-        "layers": layers,
-        "kv_heads": k_buffer.shape[-2],
+        "layers": runner.model_config.num_hidden_layers,
         "q_heads": runner.model_config.num_attention_heads // config.tp,
-        "head_dim": k_buffer.shape[-1],
-        "kv_bytes_per_token": layers * (k_buffer[0].numel() + values_width) * k_buffer.element_size(),
-        "kv_bytes": keys + values,
+        "context_length": runner.model_config.context_len,
         "prefill_backend": runner.prefill_attention_backend_str,
         "decode_backend": runner.decode_attention_backend_str,
-        "context_length": runner.model_config.context_len,
+        **_cache_sizes(runner.token_to_kv_pool, runner.model_config.num_hidden_layers),
     }
     return info
+
+
+def _cache_sizes(pool, layers: int) -> dict:
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    if not isinstance(pool, MHATokenToKVPool):
+        return {}  # other models' caches, which only --cp 1 serves
+    key, value = pool.get_key_buffer(0)[0], pool.get_value_buffer(0)[0]
+    return {
+        "kv_heads": key.shape[0],
+        "head_dim": key.shape[1],
+        "kv_bytes_per_token": layers * (key.numel() + value.numel()) * key.element_size(),
+        "kv_bytes": sum(pool.get_kv_size_bytes()),
+    }

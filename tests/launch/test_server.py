@@ -50,8 +50,9 @@ def test_serves_and_stops_on_sigint(checkpoint, tmp_path):
     try:
         server.wait_until_ready(process, log)
         said = log.read_text()
-        for line in ("tp 1 x cp 2 = 2 ranks", "schedule auto -> ring", "backends   prefill mm_ring, decode ",
-                     "bytes per token and rank", "fits       prompt + answer of up to", f"127.0.0.1:{port}"):  # fmt: skip
+        backends = "backends   prefill mm_ring, decode "
+        sizes = ("bytes per token and rank", "fits       prompt + answer of up to")
+        for line in ("tp 1 x cp 2 = 2 ranks", "schedule auto -> ring", backends, *sizes, f"127.0.0.1:{port}"):
             assert line in said
         url = f"http://127.0.0.1:{port}"
         body = {"text": "long enough " * 10, "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
