@@ -26,8 +26,8 @@ def environment(config: Config) -> Iterator[bool]:
     os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", MODELS)
     if config.vision == "frames":
         os.environ["SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE"] = PROCESSORS
-    if config.cp > 1:
-        # replicas sample the same token from the same logits; SGLang then also compares what they sampled
+    if config.cp > 1 and not on_cpu:
+        # replicas sample the same token from the same logits; SGLang then also compares what they sampled (by NCCL)
         os.environ.setdefault("SYNC_TOKEN_IDS_ACROSS_TP", "1")
     if on_cpu:
         os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", bind_cores(config.world_size, os.cpu_count() or 1))

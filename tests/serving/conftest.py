@@ -31,7 +31,13 @@ def answers(checkpoint, prompts):
     """answers(tp, cp): everything asked of one engine of that topology, started when first wanted and then closed."""
 
     @cache
-    def ask_all(tp: int, cp: int) -> dict:
+    def ask_all(tp: int, cp: int) -> dict | Exception:
+        try:
+            return ask_engine(tp, cp)
+        except Exception as error:  # kept, so that an engine that does not start is not started for every test
+            return error
+
+    def ask_engine(tp: int, cp: int) -> dict:
         with engine(model_path=checkpoint, tp=tp, cp=cp) as ask:
             ask("keep_prompts")
             told = {"infos": ask("rank_infos")}
@@ -42,4 +48,10 @@ def answers(checkpoint, prompts):
                 told[case.name] = ask("generate", **case.request)
         return told
 
-    return ask_all
+    def answers_of(tp: int, cp: int) -> dict:
+        told = ask_all(tp, cp)
+        if isinstance(told, Exception):
+            raise told
+        return told
+
+    return answers_of
