@@ -32,6 +32,12 @@ class MediaSource:
         return self.feature[low : low + patches]
 
 
+def has_plain_tensors(mm_inputs) -> bool:
+    """Whether all pixels or embeddings of a request are tensors, not handles that only SGLang's encoder resolves."""
+    items = mm_inputs.mm_items if mm_inputs is not None else ()
+    return all(isinstance(item.feature, torch.Tensor) or item.precomputed_embeddings is not None for item in items)
+
+
 def read_media(mm_inputs, merge: int) -> tuple[list[MediaSpan], list[MediaSource]]:
     """Spans and sources of one request, in prompt order; empty for a text request (mm_inputs None).
 

@@ -15,7 +15,7 @@ from sglang_mm.modality import frames_of, runs_of
 from sglang_mm.parallel.layout import make_layout
 from sglang_mm.parallel.transport import Transport
 from sglang_mm.parallel.vision import EmbeddingExchange, plan_exchange
-from sglang_mm.serving.media import MediaSource, read_media
+from sglang_mm.serving.media import MediaSource, has_plain_tensors, read_media
 from sglang_mm.types import BatchLayout, digest64
 
 ATTRIBUTE = "sglang_mm_plan"  # on SGLang's ForwardBatch, read by the attention backend
@@ -69,6 +69,8 @@ def reason_for_stock(forward_batch, config: Config) -> str | None:
         return "multi-item scoring"
     if forward_batch.input_embeds is not None:
         return "input embeddings given instead of ids"
+    if not all(has_plain_tensors(mm) for mm in forward_batch.mm_inputs or ()):
+        return "media is not in host or device tensors"
     return None
 
 

@@ -7,6 +7,8 @@ media placeholders (SGLang would look for media that nobody sent) and whatever i
 The other reserved channels serve the heads of planted.py.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from zlib import crc32
 
@@ -55,9 +57,24 @@ def write_checkpoint(
             mark(model)
             for layer in model.model.language_model.layers:
                 plan.plant(layer.self_attn, kv_heads)
-    model.save_pretrained(path)
-    build_processor().save_pretrained(path)
+    with without_progress_bars():
+        model.save_pretrained(path)
+        build_processor().save_pretrained(path)
     return path
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """transformers draws one per file, for six megabytes."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def build_config(planted: bool, layers: int, kv_heads: int):
