@@ -15,9 +15,9 @@ VISIONS = ("frames", "stock")
 class Config:
     """tp: tensor-parallel width T. cp: context-parallel width C; the world has T * C ranks.
 
-    schedule: how K/V travel during prefill. cp_min_tokens: new tokens of a request from which its prefill is
-    sharded. vision: `frames` attends inside each frame and keeps the video's timing (as Qwen2.5-VL was trained),
-    `stock` keeps SGLang 0.5.23's values. deadline_s: seconds any rank waits for another before it raises.
+    schedule: how K/V travel during prefill. cp_min_tokens: new tokens of a batch's longest request from which its
+    prefill is sharded. vision: `frames` attends inside each frame and keeps the video's timing (as Qwen2.5-VL was
+    trained), `stock` keeps SGLang 0.5.23's values. deadline_s: seconds any rank waits for another before it raises.
     """
 
     tp: int = 1

@@ -4,7 +4,6 @@ import argparse
 from dataclasses import dataclass
 
 from sglang_mm.config import SCHEDULES, VISIONS, Config
-from sglang_mm.serving.settings import flags_in, refuse
 
 DESCRIPTION = """\
 Serve long multimodal prompts on SGLang, prefill sharded over C ranks by ring attention.
@@ -60,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=default.cp_min_tokens,
         metavar="N",
-        help="requests with fewer new tokens are not sharded (default %(default)s)",
+        help="batches whose longest request has fewer new tokens are not sharded (default %(default)s)",
     )
     add(
         "--vision",
@@ -88,5 +87,4 @@ def parse(argv: list[str]) -> Launch:
     if values.pop("help_all"):
         theirs.append("--help")
     config = Config(**values)
-    refuse(config, flags_in(theirs))
     return Launch(config, theirs)

@@ -47,7 +47,11 @@ class DistributedTransport(Transport):
         if self.device.type != "cuda":
             return lambda host: batch.wait_on_host()
         self._under_way.append(batch)
-        return lambda host: batch.poll() if host else batch.wait_on_stream()
+        return lambda host: self._settle_on_host(batch) if host else batch.wait_on_stream()
+
+    def _settle_on_host(self, batch: "_Batch") -> None:
+        batch.poll()
+        self.raise_if_late()  # lets go of the tensors of all batches that have ended
 
     def raise_if_late(self) -> None:
         """Raise RingBroken when a NCCL exchange posted more than deadline_s ago has not ended. Never blocks."""

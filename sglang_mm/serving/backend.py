@@ -14,8 +14,6 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang_mm.parallel.ring import Piece, attend_pieces, ring_pieces
 from sglang_mm.serving.plan import ATTRIBUTE, PrefillPlan
 
-NAME = "mm_ring"
-
 
 class RingAttentionBackend(AttentionBackend):
     """Shapes at the SGLang seam: q [t, Hq * D], k and v [t, Hkv, D] for this rank's t rows; out [t, Hq * D]."""

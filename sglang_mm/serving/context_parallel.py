@@ -11,13 +11,15 @@ from contextlib import nullcontext
 
 import torch
 from sglang.srt.distributed.parallel_state import patch_tensor_parallel_group
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_mm.config import Config
 from sglang_mm.parallel.distributed import DistributedTransport
 from sglang_mm.serving.embed import embed_rows
+from sglang_mm.serving.media import UnreadableMedia, read_batch
 from sglang_mm.serving.plan import ATTRIBUTE, PrefillPlan, plan_prefill, reason_for_stock
-from sglang_mm.serving.record import KEY, Fallbacks, sharded_records, stock_records
+from sglang_mm.serving.record import KEY, FallbackLog, sharded_records, stock_records
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +29,11 @@ class ContextParallelMixin:
 
     def __init__(self, *args, **kwargs):
         parallel = get_parallel()
-        group = parallel.attn_cp_group if parallel.attn_cp_size > 1 else None
         # plain attributes: nn.Module.__init__ has not run yet, and must run inside the narrowed scope
         object.__setattr__(self, "mm_config", Config.from_env() or Config())
+        group = parallel.attn_cp_group if self.mm_config.cp > 1 else None
         object.__setattr__(self, "mm_transport", self._transport(group))
-        object.__setattr__(self, "mm_fallbacks", Fallbacks())
+        object.__setattr__(self, "mm_fallbacks", FallbackLog())
         object.__setattr__(self, "mm_tp_group", parallel.attn_tp_group)
         with self.narrowed():
             super().__init__(*args, **kwargs)
@@ -54,20 +56,33 @@ class ContextParallelMixin:
     @torch.no_grad()
     def forward(self, input_ids, positions, forward_batch, *args, **kwargs):
         with self.narrowed():
-            if not forward_batch.forward_mode.is_extend():
+            if forward_batch.forward_mode not in (ForwardMode.EXTEND, ForwardMode.MIXED):
                 return super().forward(input_ids, positions, forward_batch, *args, **kwargs)
-            reason = None if self.mm_transport is None else reason_for_stock(forward_batch, self.mm_config)
-            if self.mm_transport is None or reason:
+            reason, media = "one replica", None
+            if self.mm_transport is not None:
+                reason, media = self._reason_for_stock(forward_batch, bool(args) or any(kwargs.values()))
+            if reason:
+                if self.mm_transport is not None:
+                    self.mm_fallbacks.note(reason, forward_batch)
                 records = stock_records(forward_batch, self.mm_config.cp, reason)
-                self.mm_fallbacks.note(reason, forward_batch)
                 output = super().forward(input_ids, positions, forward_batch, *args, **kwargs)
             else:
-                plan = plan_prefill(forward_batch, self.visual.spatial_merge_size, self.mm_transport)
+                plan = plan_prefill(forward_batch, media, self.mm_transport)
                 records = sharded_records(plan, forward_batch)
                 output = self._forward_sharded(input_ids, forward_batch, plan)
         if hasattr(output, "customized_info"):
             output.customized_info = {**(output.customized_info or {}), KEY: records}
         return output
+
+    def _reason_for_stock(self, forward_batch, special: bool) -> tuple[str | None, list | None]:
+        """Why the batch is not sharded, or its media. special: more is asked than generation."""
+        if reason := "embeddings requested" if special else reason_for_stock(forward_batch, self.mm_config):
+            return reason, None
+        try:
+            return None, read_batch(forward_batch, self.visual)
+        except UnreadableMedia as error:
+            logger.warning("%s", error)
+            return "media in a form that only SGLang's own path reads", None
 
     def _forward_sharded(self, input_ids, forward_batch, plan: PrefillPlan):
         embeds = embed_rows(self, plan, input_ids, forward_batch)
@@ -107,13 +122,18 @@ def wanted_rows(forward_batch) -> tuple[torch.Tensor, object]:
 def gather_rows(hidden: torch.Tensor, plan: PrefillPlan, wanted: torch.Tensor) -> torch.Tensor:
     """Flat-batch rows `wanted` [n] of the sharded hidden state [t, H], equal bit for bit on every rank: [n, H].
 
-    Each row has one owner and the others add zero, so the sum changes no value.
+    Each rank sends the rows it owns. The host waits for them: here, within the deadline, a prefill ends or breaks.
     """
-    slot_of = torch.full((sum(plan.rows_per_rank),), -1)
-    slot_of[plan.rows.cpu()] = torch.arange(len(plan.rows))
-    slots = slot_of[wanted]
-    mine = (slots >= 0).nonzero().flatten()
-    gathered = hidden.new_zeros(len(wanted), hidden.shape[1])
-    gathered[mine.to(hidden.device)] = hidden[slots[mine].to(hidden.device)]
-    plan.transport.sum_(gathered)
+    place_of = torch.full((sum(plan.rows_per_rank),), -1)
+    place_of[wanted] = torch.arange(len(wanted))
+    places, mine = [], None
+    for rank, flat in enumerate(plan.flat_by_rank):
+        found = place_of[flat.cpu()]
+        places.append(found[found >= 0])
+        if rank == plan.rank:
+            mine = hidden[(found >= 0).to(hidden.device)]
+    sizes = [len(found) for found in places]
+    parts = plan.transport.all_to_all([mine] * len(sizes), sizes, "gather of the asked rows", host=True)
+    gathered = hidden.new_empty(len(wanted), hidden.shape[1])
+    gathered[torch.cat(places).to(hidden.device)] = torch.cat(parts)
     return gathered

@@ -22,10 +22,12 @@ def choose() -> str:
 
 def _torchcodec_works() -> bool:
     """Whether torchcodec gets as far as rejecting a video of no bytes; without FFmpeg it fails before."""
-    from torchcodec.decoders import VideoDecoder
-
     try:
+        from torchcodec.decoders import VideoDecoder
+
         VideoDecoder(b"\0")
+    except ImportError:
+        return False
     except Exception as error:
         return "Could not load" not in str(error)
     return True

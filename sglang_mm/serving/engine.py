@@ -1,9 +1,10 @@
 """`sglang_mm.Engine`: SGLang's Engine with our arguments beside its own."""
 
 from sglang_mm.config import Config
+from sglang_mm.errors import ConfigError
 from sglang_mm.serving import worker
 from sglang_mm.serving.preflight import check_launch, environment
-from sglang_mm.serving.settings import flag_of, refuse, server_settings
+from sglang_mm.serving.settings import refuse, server_settings
 
 with environment(Config()):  # SGLang decides at import which platform it is on
     from sglang.srt.entrypoints import engine as stock
@@ -32,15 +33,13 @@ class Engine(stock.Engine):
     ):
         tp = sglang_args.pop("tp_size", 1) if tp is None else tp
         self.mm_config = Config(tp, cp, schedule, cp_min_tokens, vision, deadline_s)
-        refuse(self.mm_config, {flag_of(name): value for name, value in sglang_args.items()})
+        if "server_args" in sglang_args:
+            raise ConfigError("server_args=...", "ServerArgs' fields as keywords", "pass Engine(**fields)")
         with environment(self.mm_config) as on_cpu:
-            must, may = server_settings(self.mm_config, on_cpu=on_cpu)
-            arguments = may | sglang_args | must
-            wanted = ServerArgs(**arguments)
+            asked = ServerArgs(**sglang_args)
+            refuse(self.mm_config, asked)
             check_launch(
-                self.mm_config,
-                wanted.model_path,
-                trust_remote_code=wanted.trust_remote_code,
-                revision=wanted.revision,
+                self.mm_config, asked.model_path, trust_remote_code=asked.trust_remote_code, revision=asked.revision
             )
-            super().__init__(**arguments)
+            must, may = server_settings(self.mm_config, on_cpu=on_cpu)
+            super().__init__(**(may | sglang_args | must))

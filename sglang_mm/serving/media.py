@@ -32,39 +32,51 @@ class MediaSource:
         return self.feature[low : low + patches]
 
 
-def has_plain_tensors(mm_inputs) -> bool:
-    """Whether all pixels or embeddings of a request are tensors, not handles that only SGLang's encoder resolves."""
-    items = mm_inputs.mm_items if mm_inputs is not None else ()
-    return all(isinstance(item.feature, torch.Tensor) or item.precomputed_embeddings is not None for item in items)
+class UnreadableMedia(SglangMMError):
+    """Media whose pixels cannot be told apart frame by frame."""
 
 
-def read_media(mm_inputs, merge: int) -> tuple[list[MediaSpan], list[MediaSource]]:
+def read_batch(forward_batch, tower) -> list[tuple[list[MediaSpan], list[MediaSource]]]:
+    """read_media for every request of a batch. tower: SGLang's vision tower."""
+    embed = tower.patch_embed
+    patch = embed.in_channels * embed.temporal_patch_size * embed.patch_size**2
+    mm_inputs = forward_batch.mm_inputs or [None] * forward_batch.batch_size
+    return [read_media(mm, tower.spatial_merge_size, patch) for mm in mm_inputs]
+
+
+def read_media(mm_inputs, merge: int, patch: int) -> tuple[list[MediaSpan], list[MediaSource]]:
     """Spans and sources of one request, in prompt order; empty for a text request (mm_inputs None).
 
     mm_inputs: SGLang's MultimodalInputs; offsets in it are inclusive and absolute. merge: spatial merge size, so
-    that a frame of h x w patches has h * w / merge**2 tokens.
-    Raises SglangMMError when grid and placeholder tokens disagree.
+    that a frame of h x w patches has h * w / merge**2 tokens. patch: values of one patch.
+    Raises UnreadableMedia when grids, placeholder tokens and pixels disagree, or pixels are not in host tensors.
     """
     found = []
     for item in mm_inputs.mm_items if mm_inputs is not None else ():
-        modality = "video" if item.is_video() else "image"
-        grids = item.model_specific_data[f"{modality}_grid_thw"].reshape(-1, 3).tolist()
-        if len(grids) != len(item.offsets):
-            raise SglangMMError(
-                f"{len(item.offsets)} {modality} markers for {len(grids)} {modality} grids. Allowed: one marker per "
-                f"{modality}. Remedy: give the prompt as many {modality} markers as there are {modality}s."
-            )
-        row = 0
-        for (first, last), (t, h, w) in zip(item.offsets, grids):
-            tokens = t * h * w // merge**2
-            if tokens != last - first + 1:
-                raise SglangMMError(
-                    f"{last - first + 1} placeholder tokens for a {modality} of {tokens} tokens (grid {t}x{h}x{w}). "
-                    "Allowed: equal numbers. Remedy: let the server's processor expand the markers."
-                )
-            source = MediaSource(item.feature, item.precomputed_embeddings, row, h, w)
-            found.append((first, tokens, t, modality, source))
-            row += t * h * w if item.precomputed_embeddings is None else tokens
+        found += _read_item(item, merge, patch)
     found.sort(key=lambda media: media[0])
     spans = [MediaSpan(i, first, tokens, t, modality) for i, (first, tokens, t, modality, _) in enumerate(found)]
     return spans, [media[-1] for media in found]
+
+
+def _read_item(item, merge: int, patch: int) -> list[tuple[int, int, int, str, MediaSource]]:
+    """(first token, tokens, frames, modality, source) of each image or video that SGLang keeps in one item."""
+    modality = "video" if item.is_video() else "image"
+    grid = item.model_specific_data.get(f"{modality}_grid_thw")
+    rows = item.feature if item.precomputed_embeddings is None else item.precomputed_embeddings
+    if grid is None or not isinstance(rows, torch.Tensor) or rows.is_cuda:
+        raise UnreadableMedia(f"a {modality} without a grid, or not in a host tensor")
+    found, row, is_pixels = [], 0, item.precomputed_embeddings is None
+    grids = torch.as_tensor(grid).reshape(-1, 3).tolist()
+    if len(grids) != len(item.offsets):
+        raise UnreadableMedia(f"{len(item.offsets)} {modality} markers for {len(grids)} {modality} grids")
+    for (first, last), (t, h, w) in zip(item.offsets, grids):
+        tokens = t * h * w // merge**2
+        if tokens != last - first + 1:
+            raise UnreadableMedia(f"{last - first + 1} tokens for a {modality} of {tokens} (grid {t}x{h}x{w})")
+        source = MediaSource(rows if is_pixels else None, None if is_pixels else rows, row, h, w)
+        found.append((first, tokens, t, modality, source))
+        row += t * h * w if is_pixels else tokens
+    if len(rows) != row or (is_pixels and rows.shape[1:] != (patch,)):
+        raise UnreadableMedia(f"{modality} data of shape {tuple(rows.shape)} for {row} rows of {patch} values")
+    return found

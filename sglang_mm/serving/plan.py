@@ -11,11 +11,11 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_mm.config import Config
-from sglang_mm.modality import frames_of, runs_of
+from sglang_mm.modality import MediaSpan, frames_of, runs_of
 from sglang_mm.parallel.layout import make_layout
 from sglang_mm.parallel.transport import Transport
 from sglang_mm.parallel.vision import EmbeddingExchange, plan_exchange
-from sglang_mm.serving.media import MediaSource, has_plain_tensors, read_media
+from sglang_mm.serving.media import MediaSource
 from sglang_mm.types import BatchLayout, digest64
 
 ATTRIBUTE = "sglang_mm_plan"  # on SGLang's ForwardBatch, read by the attention backend
@@ -69,21 +69,21 @@ def reason_for_stock(forward_batch, config: Config) -> str | None:
         return "multi-item scoring"
     if forward_batch.input_embeds is not None:
         return "input embeddings given instead of ids"
-    if not all(has_plain_tensors(mm) for mm in forward_batch.mm_inputs or ()):
-        return "media is not in host or device tensors"
     return None
 
 
-def plan_prefill(forward_batch, merge: int, transport: Transport) -> PrefillPlan:
-    """Lay out one extend batch. merge: the vision tower's spatial merge size."""
-    layouts, frames, sources = [], [], []
-    mm_inputs = forward_batch.mm_inputs or [None] * forward_batch.batch_size
-    for mm, prefix, new in zip(mm_inputs, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu):
-        spans, pixels = read_media(mm, merge)
+def plan_prefill(
+    forward_batch, media: list[tuple[list[MediaSpan], list[MediaSource]]], transport: Transport
+) -> PrefillPlan:
+    """Lay out one extend batch. media: per request, as read_batch found them."""
+    layouts, frames = [], []
+    for (spans, _), prefix, new in zip(
+        media, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, strict=True
+    ):
         layouts.append(make_layout(runs_of(spans, prefix, prefix + new), transport.size))
         frames.append(frames_of(spans))
-        sources.append(pixels)
     layout = BatchLayout(tuple(layouts))
     exchange = plan_exchange(frames, layout)
     transport.check_equal(digest64([layout.digest(), exchange.digest()]), "prefill plan")
+    sources = [sources for _, sources in media]
     return PrefillPlan(layout, exchange, sources, transport, forward_batch.input_ids.device)

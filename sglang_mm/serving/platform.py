@@ -11,11 +11,6 @@ import torch
 
 from sglang_mm.config import ENV
 
-HOOKS = {
-    "sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp": "_align_to_model_replica",
-    "sglang.srt.layers.attention.vision.VisionSdpaAttention.forward": "_segmented_vision_attention",
-}
-
 
 def has_accelerator() -> bool:
     """Whether torch finds a device that SGLang would serve on."""
@@ -30,28 +25,19 @@ def activate() -> str | None:
     return "sglang_mm.serving.cpu_platform.CpuReferencePlatform"
 
 
-def install() -> None:
-    """Make the few calls of SGLang that assume CUDA or pad for all ranks work here; called by the plugin."""
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    without_pinned_memory()
-    for target, hook in HOOKS.items():
-        HookRegistry.register(target, globals()[hook], HookType.AROUND)
-
-
 def without_pinned_memory() -> None:
     """SGLang's video path pins unconditionally; where there is no device to pin for, torch raises."""
     torch.Tensor.pin_memory = lambda tensor, *_args, **_kwargs: tensor
 
 
-def _align_to_model_replica(original, model_config, load_config, tp_size):
+def align_to_model_replica(original, model_config, load_config, tp_size):
     """On CPU SGLang pads head counts to the world size; a model replica spans only the T ranks that split it."""
     from sglang.srt.runtime_context import get_parallel
 
     return original(model_config, load_config, get_parallel().attn_tp_size)
 
 
-def _segmented_vision_attention(original, self, q, k, v, bsz, cu_seqlens=None, attention_mask=None, **kwargs):
+def segmented_vision_attention(original, self, q, k, v, bsz, cu_seqlens=None, attention_mask=None, **kwargs):
     """Attention inside each segment, [s, h, d] -> [s, h, d], in memory of one segment.
 
     The stock version masks an S x S matrix: 8K video tokens take over 23 GB.

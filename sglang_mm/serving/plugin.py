@@ -6,13 +6,16 @@ Nothing happens in a process that our launcher did not configure.
 import os
 
 from sglang_mm.config import Config
+from sglang_mm.serving.settings import PREFILL_BACKEND
 
 MODELS = "sglang_mm.serving.models"
-HOOKS = {
-    "sglang.srt.managers.scheduler.Scheduler.get_init_info": "sglang_mm.serving.selfcheck.describe_worker",
-    "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info": (
-        "sglang_mm.serving.requests.remember"
-    ),
+HOOKS = {  # below sglang.srt: what runs after it, in every process
+    "managers.scheduler.Scheduler.get_init_info": "selfcheck.describe_worker",
+    "managers.tokenizer_manager.TokenizerManager.update_request_meta_info": "requests.remember",
+}
+CPU_HOOKS = {  # below sglang.srt: what runs around it, where there is no accelerator
+    "model_executor.model_runner.adjust_config_with_unaligned_cpu_tp": "platform.align_to_model_replica",
+    "layers.attention.vision.VisionSdpaAttention.forward": "platform.segmented_vision_attention",
 }
 
 
@@ -31,12 +34,14 @@ def activate() -> None:
 
     if os.environ.get("SGLANG_EXTERNAL_MODEL_PACKAGE") != MODELS:
         ModelRegistry.register(MODELS, overwrite=True)
-    register_attention_backend("mm_ring")(_ring_backend)
-    add_attention_backend_choices(["mm_ring"])
+    register_attention_backend(PREFILL_BACKEND)(_ring_backend)
+    add_attention_backend_choices([PREFILL_BACKEND])
     for target, hook in HOOKS.items():
-        HookRegistry.register(target, resolve_name(hook), HookType.AFTER)
+        HookRegistry.register(f"sglang.srt.{target}", resolve_name(f"sglang_mm.serving.{hook}"), HookType.AFTER)
     if not platform.has_accelerator():
-        platform.install()
+        platform.without_pinned_memory()
+        for target, hook in CPU_HOOKS.items():
+            HookRegistry.register(f"sglang.srt.{target}", resolve_name(f"sglang_mm.serving.{hook}"), HookType.AROUND)
     decoder.choose()
 
 

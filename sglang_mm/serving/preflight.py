@@ -27,10 +27,12 @@ def environment(config: Config) -> Iterator[bool]:
     if config.vision == "frames":
         os.environ["SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE"] = PROCESSORS
     if config.cp > 1 and not on_cpu:
-        # replicas sample the same token from the same logits; SGLang then also compares what they sampled (by NCCL)
+        # replicas sample the same token from the same logits; should they not, SGLang settles on one (by NCCL)
         os.environ.setdefault("SYNC_TOKEN_IDS_ACROSS_TP", "1")
     if on_cpu:
-        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", bind_cores(config.world_size, os.cpu_count() or 1))
+        os.environ.setdefault(
+            "SGLANG_CPU_OMP_THREADS_BIND", bind_cores(config.world_size, sorted(os.sched_getaffinity(0)))
+        )
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling costs seconds here and gains nothing
     try:
         check_sglang()
@@ -45,17 +47,16 @@ def environment(config: Config) -> Iterator[bool]:
         os.environ.update(before)
 
 
-def bind_cores(ranks: int, cores: int) -> str:
-    """One entry per rank: a range of cores of its own while there are enough, else cores are shared in turn.
+def bind_cores(ranks: int, cores: list[int]) -> str:
+    """One entry per rank: cores of its own while there are enough, else cores are shared in turn.
 
-    >>> bind_cores(2, 8), bind_cores(3, 2)
-    ('0-3|4-7', '0|1|0')
+    >>> bind_cores(2, [0, 1, 2, 3]), bind_cores(3, [0, 1])
+    ('0,1|2,3', '0|1|0')
     """
-    each = cores // ranks
+    each = len(cores) // ranks
     if each < 1:
-        return "|".join(str(rank % cores) for rank in range(ranks))
-    spans = [(rank * each, rank * each + each - 1) for rank in range(ranks)]
-    return "|".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)
+        return "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
+    return "|".join(",".join(map(str, cores[rank * each : (rank + 1) * each])) for rank in range(ranks))
 
 
 def check_launch(config: Config, model_path: str, *, trust_remote_code: bool, revision: str | None) -> None:
@@ -82,7 +83,8 @@ def check_launch(config: Config, model_path: str, *, trust_remote_code: bool, re
 def check_port(host: str, port: int) -> None:
     """Raise ConfigError when the server's port is taken, before minutes of loading."""
     try:
-        with socket.create_server((host, port)):
+        family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.create_server((host, port), family=family):
             pass
     except OSError as error:
         raise ConfigError(f"--port {port} on {host} ({error.strerror})", "a free port", "pass another --port") from None
@@ -95,7 +97,7 @@ def _architecture(model_path: str, trust_remote_code: bool, revision: str | None
         found = get_config(model_path, trust_remote_code=trust_remote_code, revision=revision)
     except Exception as error:
         raise ConfigError(
-            f"--model-path {model_path} has no readable config.json ({str(error).splitlines()[0]})",
+            f"--model-path {model_path} has no readable config.json ({str(error).partition(chr(10))[0]})",
             "a checkpoint directory or a model id of the hub",
             "check the path",
         ) from error

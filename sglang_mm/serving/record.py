@@ -1,7 +1,6 @@
 """What ran for each request: attached to SGLang's output, so that meta info, logs and counters tell the same."""
 
 import logging
-from collections import Counter
 
 from sglang_mm.serving.plan import PrefillPlan
 
@@ -17,9 +16,9 @@ def sharded_records(plan: PrefillPlan, forward_batch) -> list[dict]:
     ]
 
 
-def stock_records(forward_batch, ranks: int, reason: str | None) -> list[dict]:
+def stock_records(forward_batch, ranks: int, reason: str) -> list[dict]:
     """One record per request of a batch on SGLang's own path: every rank computed every row."""
-    fallbacks = [reason] if reason else []
+    fallbacks = [reason] if ranks > 1 else []
     return [
         _record("stock", ranks, [forward_batch.extend_seq_lens_cpu[i]] * ranks, forward_batch, i, list(fallbacks))
         for i in range(forward_batch.batch_size)
@@ -37,20 +36,18 @@ def _record(schedule, ranks, rows, forward_batch, request, fallbacks) -> dict:
     }
 
 
-class Fallbacks:
-    """Counts batches that were not sharded, by reason; logs each reason once."""
+class FallbackLog:
+    """Says in the log why batches are not sharded, once per reason; requests.py counts them."""
 
     def __init__(self):
-        self.count = Counter()
+        self.said: set[str] = set()
 
-    def note(self, reason: str | None, forward_batch) -> None:
-        if reason is None:
-            return
-        self.count[reason] += 1
-        if self.count[reason] == 1:
+    def note(self, reason: str, forward_batch) -> None:
+        if reason not in self.said:
+            self.said.add(reason)
             logger.info(
-                "not sharded: %s (%s new tokens); dense and exact on every rank. Said once per reason, counted in "
-                "each response's meta_info and at /sglang_mm/status.",
+                "not sharded: %s (%s new tokens); dense and exact on every rank. Said once per reason, counted at "
+                "/sglang_mm/status, told in each response's meta_info.",
                 reason,
                 forward_batch.extend_seq_lens_cpu,
             )

@@ -17,9 +17,10 @@ _fallbacks: Counter = Counter()
 def remember(result, manager, meta_info: dict, state, customized_info: dict, index: int, finish_reason):
     """After-hook on SGLang's TokenizerManager.update_request_meta_info: keep what this response's meta info says."""
     found = [record for record in meta_info.get(KEY) or () if record]
-    rid = meta_info.get("id")
-    if found and rid not in _records:
-        _records[rid] = found[-1]
+    if found and not getattr(state, "sglang_mm_seen", False):  # once per request, however many chunks it streams
+        state.sglang_mm_seen = True
+        _records[meta_info["id"]] = found[-1]
+        _records.move_to_end(meta_info["id"])
         _schedules[found[-1]["schedule"]] += 1
         _fallbacks.update(found[-1]["fallbacks"])
         while len(_records) > KEPT:

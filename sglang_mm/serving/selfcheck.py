@@ -9,6 +9,7 @@ from pkgutil import resolve_name
 
 from sglang_mm.config import Config
 from sglang_mm.errors import SelfCheckError
+from sglang_mm.serving.settings import PREFILL_BACKEND
 
 SGLANG = "0.5.23"
 PARAMETERS = {  # below sglang.srt, functions we call or override: the parameters we rely on
@@ -76,10 +77,10 @@ def check_plugin() -> Config:
     from sglang_mm.serving import platform, plugin
 
     config = Config.from_env()
-    wanted = [*plugin.HOOKS, *(() if platform.has_accelerator() else platform.HOOKS)]
-    missing = [f"hook on {target}" for target in wanted if target not in HookRegistry._patched]
-    if "mm_ring" not in ATTENTION_BACKENDS:
-        missing.append("attention backend mm_ring")
+    wanted = [*plugin.HOOKS, *(() if platform.has_accelerator() else plugin.CPU_HOOKS)]
+    missing = [f"hook on {target}" for target in wanted if f"sglang.srt.{target}" not in HookRegistry._patched]
+    if PREFILL_BACKEND not in ATTENTION_BACKENDS:
+        missing.append(f"attention backend {PREFILL_BACKEND}")
     model = ModelRegistry.models.get("Qwen2_5_VLForConditionalGeneration")
     if model is None or not model.__module__.startswith("sglang_mm."):
         missing.append("model Qwen2_5_VLForConditionalGeneration")
@@ -107,26 +108,53 @@ def check_processor(processor) -> None:
 
 
 def describe_worker(info: dict, scheduler) -> dict:
-    """After-hook on Scheduler.get_init_info: assert that this worker runs our model, and tell its sizes.
+    """After-hook on Scheduler.get_init_info: assert that this worker runs what was asked for, and tell its sizes.
 
-    Adds `sglang_mm` to what the launcher hears of each rank: layers, q_heads, context_length, prefill_backend,
-    decode_backend, and, for caches with K and V of every layer, kv_heads, head_dim, kv_bytes_per_token, kv_bytes.
+    Adds `sglang_mm` to what the launcher hears of each rank: layers, context_length, prefill_backend, decode_backend;
+    with --cp above 1 q_heads and first_q_head, read from the attention layers; and, for caches with K and V of every
+    layer, kv_heads, head_dim, kv_bytes_per_token, kv_bytes.
     """
-    from sglang_mm.serving.context_parallel import ContextParallelMixin
-
     config = check_plugin()
     runner = scheduler.tp_worker.model_runner
-    if config.cp > 1 and not isinstance(runner.model, ContextParallelMixin):
-        raise SelfCheckError(f"the model of this worker is {type(runner.model)}, which is not context parallel")
+    if config.cp > 1:
+        _check_sharding(config, runner)
     info["sglang_mm"] = {
         "layers": runner.model_config.num_hidden_layers,
-        "q_heads": runner.model_config.num_attention_heads // config.tp,
         "context_length": runner.model_config.context_len,
         "prefill_backend": runner.prefill_attention_backend_str,
         "decode_backend": runner.decode_attention_backend_str,
+        **_heads(runner.model),
         **_cache_sizes(runner.token_to_kv_pool, runner.model_config.num_hidden_layers),
     }
     return info
+
+
+def _check_sharding(config: Config, runner) -> None:
+    """Our model, our backend, our width, and a cache that keeps K/V as they are computed."""
+    from sglang.srt.runtime_context import get_parallel
+
+    from sglang_mm.serving.context_parallel import ContextParallelMixin
+
+    wrong = []
+    if not isinstance(runner.model, ContextParallelMixin):
+        wrong.append(f"the model is {type(runner.model)}, which is not context parallel")
+    if runner.prefill_attention_backend_str != PREFILL_BACKEND:
+        wrong.append(f"the prefill backend is {runner.prefill_attention_backend_str}")
+    if get_parallel().attn_cp_size != config.cp:
+        wrong.append(f"the context-parallel width is {get_parallel().attn_cp_size}")
+    if runner.token_to_kv_pool.dtype != runner.dtype:
+        wrong.append(f"K/V are kept as {runner.token_to_kv_pool.dtype}, the model computes in {runner.dtype}")
+    if wrong:
+        raise SelfCheckError(f"this rank cannot serve --cp {config.cp}: {'; '.join(wrong)}")
+
+
+def _heads(model) -> dict:
+    """Query heads of the first attention layer, numbered over all T ranks."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.runtime_context import get_parallel
+
+    heads = next((layer.tp_q_head_num for layer in model.modules() if isinstance(layer, RadixAttention)), 0)
+    return {"q_heads": heads, "first_q_head": heads * get_parallel().attn_tp_rank}
 
 
 def _cache_sizes(pool, layers: int) -> dict:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from sglang_mm.config import Config
 from sglang_mm.serving.preflight import check_launch, check_port, environment
-from sglang_mm.serving.settings import to_argv
+from sglang_mm.serving.settings import refuse, set_by_user, to_argv
 
 
 def serve(
@@ -23,17 +23,20 @@ def serve(
     """
     with environment(config) as on_cpu:
         from sglang.srt.entrypoints import http_server
-        from sglang.srt.server_args import prepare_server_args
+        from sglang.srt.server_args import ServerArgs, prepare_server_args
         from sglang.srt.utils import kill_process_tree
 
         from sglang_mm.serving import requests, worker
 
-        args = prepare_server_args(to_argv(config, sglang_flags, on_cpu=on_cpu))
+        asked = prepare_server_args(sglang_flags)
+        refuse(config, asked)
+        settled = set_by_user(asked, ServerArgs(model_path=asked.model_path))
+        args = prepare_server_args(to_argv(config, sglang_flags, settled, on_cpu=on_cpu))
         check_port(args.host, args.port)
         check_launch(config, args.model_path, trust_remote_code=args.trust_remote_code, revision=args.revision)
         on_start(args.model_path, "cpu (reference platform)" if on_cpu else "gpu")
         requests.add_routes(http_server.app)
-        url = f"http://{args.host}:{args.port}"
+        url = f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{args.port}"
 
         def announce() -> None:
             on_ready(http_server.get_global_state().scheduler_info, url)

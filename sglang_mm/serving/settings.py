@@ -3,50 +3,45 @@
 --tp T --cp C   ->   --tp-size T*C --attn-cp-size C --prefill-attention-backend mm_ring ...
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection
 
 from sglang_mm.config import Config
 from sglang_mm.errors import ConfigError
 
-REFUSED = {  # SGLang's flags that cannot work with --cp > 1: why, and what to do
-    "--attn-cp-size": "it is derived from --cp: pass --cp",
-    "--enable-prefill-cp": "it is SGLang's own context parallelism: pass --cp alone",
-    "--prefill-attention-backend": "prefill attention is ours: choose the rest with --attention-backend",
-    "--dcp-size": "decode context parallelism needs another K/V layout: leave it out",
-    "--pp-size": "pipeline parallelism is not supported: raise --tp or --cp instead",
-    "--pipeline-parallel-size": "pipeline parallelism is not supported: raise --tp or --cp instead",
-    "--speculative-algorithm": "speculative decoding is not supported: leave it out",
-    "--enable-lora": "LoRA is not supported: merge the adapter into the weights",
-    "--lora-paths": "LoRA is not supported: merge the adapter into the weights",
-    "--disaggregation-mode": "prefill/decode disaggregation is not supported: leave it out",
-    "--enable-dp-attention": "data-parallel attention is not supported: leave it out",
-    "--dp-size": "data parallelism is not supported: start one server per replica",
-    "--data-parallel-size": "data parallelism is not supported: start one server per replica",
-    "--enable-mixed-chunk": "batches that mix prefill and decode are never sharded: leave it out",
+PREFILL_BACKEND = "mm_ring"
+NEVER = {  # fields of SGLang's ServerArgs: (value they must keep, why, what to do instead)
+    "attn_cp_size": (1, "it is derived from --cp", "pass --cp"),
+    "enable_prefill_cp": (False, "it is SGLang's own context parallelism", "pass --cp alone"),
+    "tokenizer_worker_num": (1, "the corrected processor runs in the server's own process", "leave it out"),
+}
+NOT_SHARDED = {  # the same, but only with --cp above 1
+    "prefill_attention_backend": (None, "prefill attention is ours", "choose the rest with --attention-backend"),
+    "dcp_size": (1, "decode context parallelism needs another K/V layout", "leave it out"),
+    "pp_size": (1, "pipeline parallelism is not supported", "raise --tp or --cp instead"),
+    "speculative_algorithm": (None, "speculative decoding is not supported", "leave it out"),
+    "enable_lora": (None, "LoRA is not supported", "merge the adapter into the weights"),
+    "lora_paths": (None, "LoRA is not supported", "merge the adapter into the weights"),
+    "disaggregation_mode": ("null", "prefill/decode disaggregation is not supported", "leave it out"),
+    "enable_dp_attention": (False, "data-parallel attention is not supported", "leave it out"),
+    "dp_size": (1, "data parallelism is not supported", "start one server per replica"),
+    "nnodes": (1, "several nodes are not supported", "raise --cp within one node"),
+    "enable_mixed_chunk": (False, "batches that mix prefill and decode are never sharded", "leave it out"),
+    "is_embedding": (False, "only generation is sharded", "serve embeddings with --cp 1"),
+    "kv_cache_dtype": ("auto", "quantized K/V are not supported", "leave it out"),
 }
 
 
-def refuse(config: Config, given: Mapping[str, object]) -> None:
-    """Raise ConfigError for the first of SGLang's flags (with their dashes) that cannot work at this width.
+def refuse(config: Config, asked) -> None:
+    """Raise ConfigError for the first thing the user asked of SGLang that cannot work at this width.
 
-    given: flag -> value; values that switch nothing on (1, null, False) are let through.
+    asked: SGLang's ServerArgs as the user gave them, by flag, alias, config file or keyword.
     """
-    if config.cp == 1:
-        return
-    for flag in sorted(set(given) & set(REFUSED)):
-        if str(given[flag]) not in ("1", "null", "None", "False"):
-            why, _, remedy = REFUSED[flag].partition(": ")
-            raise ConfigError(f"{flag} with --cp {config.cp}", f"--cp without it, {why}", remedy)
-
-
-def flags_in(argv: list[str]) -> dict[str, object]:
-    """Flags of a command line with their values; True for one without."""
-    found: dict[str, object] = {}
-    for word, following in zip(argv, [*argv[1:], "--"]):
-        if word.startswith("--"):
-            flag, equals, value = word.partition("=")
-            found[flag] = value if equals else True if following.startswith("--") else following
-    return found
+    rules = NEVER | (NOT_SHARDED if config.cp > 1 else {})
+    for name, (kept, why, remedy) in rules.items():
+        value = getattr(asked, name)
+        if value != kept and value:
+            given = f"{flag_of(name)} {value} with --cp {config.cp}"
+            raise ConfigError(given, f"{flag_of(name)} left out, {why}", remedy)
 
 
 def server_settings(config: Config, *, on_cpu: bool) -> tuple[dict, dict]:
@@ -54,7 +49,7 @@ def server_settings(config: Config, *, on_cpu: bool) -> tuple[dict, dict]:
     must: dict = {"tp_size": config.world_size}
     may: dict = {}
     if config.cp > 1:
-        must |= {"attn_cp_size": config.cp, "prefill_attention_backend": "mm_ring"}
+        must |= {"attn_cp_size": config.cp, "prefill_attention_backend": PREFILL_BACKEND}
         # one chunk: a chunk would attend to a prefix that every rank reads whole
         may |= {"chunked_prefill_size": -1, "disable_prefill_cuda_graph": True}
         # SGLang's defaults kill a prefill of over 5 minutes and reserve a slot table of 2048 longest prompts
@@ -66,13 +61,19 @@ def server_settings(config: Config, *, on_cpu: bool) -> tuple[dict, dict]:
     return must, may
 
 
-def to_argv(config: Config, sglang: list[str], *, on_cpu: bool) -> list[str]:
-    """The complete command line for SGLang's own parser."""
+def set_by_user(asked, defaults) -> set[str]:
+    """Names of our yielding settings that the user set to something else than SGLang's default."""
+    _, may = server_settings(Config(cp=2), on_cpu=True)
+    return {name for name in may if getattr(asked, name) != getattr(defaults, name)}
+
+
+def to_argv(config: Config, sglang: list[str], settled: Collection[str], *, on_cpu: bool) -> list[str]:
+    """The complete command line for SGLang's own parser. settled: names that the user has decided."""
     must, may = server_settings(config, on_cpu=on_cpu)
-    given = flags_in(sglang)
-    settings = must | {name: value for name, value in may.items() if flag_of(name) not in given}
+    named = {word.partition("=")[0] for word in sglang}
+    yielding = {name: value for name, value in may.items() if name not in settled and flag_of(name) not in named}
     argv = list(sglang)
-    for name, value in settings.items():
+    for name, value in (must | yielding).items():
         argv += [flag_of(name)] if value is True else [flag_of(name), str(value)]
     return argv
 

@@ -37,18 +37,19 @@ def test_missing_video_is_refused_at_once():
     assert "/nowhere.mp4" in done.stderr and "Remedy" in done.stderr
 
 
-def outcome(tokens=(5, 6), logprob=-1.0, text="ab", prompt_tokens=2000) -> dict:
+def outcome(tokens=(5, 6), logprob=-1.0, stock=-1.0, listed="5", text="ab", prompt_tokens=2000) -> dict:
     """compare() of a run that answered (5, 6) with log-probability -1.0 against references that answered this."""
     record = {"schedule": "ring", "fallbacks": [], "rows_per_rank": [1000, 1000]}
-    row = [[-1.0, 5, None]]
+    row = [[-1.0, 5, None], [-2.0, 1, None], [-2.0, 2, None], [-2.0, 3, None]]
+    others = {"1": -2.0, "2": -2.0, "3": -2.0} if listed == "5" else {"7": -2.0}
     meta = {"prompt_tokens": 2000, "output_top_logprobs": [row, row], "sglang_mm": [record]}
     mine = {"output_ids": [5, 6], "text": "ab", "meta_info": meta}
     reference = {
         "prompt_tokens": prompt_tokens,
         "stock_output_tokens": list(tokens),
         "hf_output_tokens": [5, 6],
-        "stock_logprobs": [{"5": -1.0}] * 2,
-        "hf_logprobs": [[0.0] * 5 + [logprob]] * 2,
+        "stock_logprobs": [{listed: stock, **others}] * 2,
+        "hf_logprobs": [[0.0, -2.0, -2.0, -2.0, 0.0, logprob]] * 2,
     }
     return compare(2, {"text": text, "ttft_s": 0.5}, record, mine, reference)
 
@@ -58,7 +59,15 @@ def test_verdict_when_all_is_equal():
 
 
 @pytest.mark.parametrize(
-    "changed", [{"tokens": (5, 7)}, {"logprob": -1.0 - 2 * TOLERANCE}, {"text": "ax"}, {"prompt_tokens": 1999}]
+    "changed",
+    [
+        {"tokens": (5, 7)},
+        {"logprob": -1.0 - 2 * TOLERANCE},
+        {"stock": -1.0 - 2 * TOLERANCE},
+        {"listed": "8"},
+        {"text": "ax"},
+        {"prompt_tokens": 1999},
+    ],
 )
 def test_verdict_when_something_differs(changed):
     assert not outcome(**changed)["identical"] and report(outcome(**changed)).endswith("\nNOT identical")

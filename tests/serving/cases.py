@@ -15,7 +15,7 @@ SAMPLING = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
 
 @dataclass(frozen=True)
 class Case:
-    """request: keyword arguments of Engine.generate. new_tokens: of the prompt, that the prefill computes."""
+    """request: keyword arguments of Engine.generate."""
 
     name: str
     request: dict = field(repr=False)

@@ -7,7 +7,6 @@ from tests.serving import compare
 from tests.serving.cases import NEW_TOKENS
 
 NAMES = ["text", "one image", "three images", "one video", "video file"]
-FOLLOW_UPS = ["cached prefix", "batch", "input logprobs"]
 SHARDED = [(1, 2), (1, 3), (1, 4), pytest.param((2, 2), marks=pytest.mark.slow)]
 
 
@@ -56,6 +55,8 @@ class TestSharded:
 
     def test_batch_of_a_long_and_a_short_request(self, answers, topology):
         for mine, single in zip(answers(*topology)["batch"], answers(1, 1)["batch"], strict=True):
+            # the short one is sharded only because it shares its batch with the long one
+            assert compare.record_of(mine)["schedule"] == "ring"
             assert mine["output_ids"] == single["output_ids"]
             assert compare.largest_difference(mine, single) <= compare.TOLERANCE
 
@@ -76,6 +77,10 @@ class TestSharded:
         tp, cp = topology
         (single,), ranks = answers(1, 1)["infos"], answers(*topology)["infos"]
         assert len(ranks) == tp * cp
+        heads = single["sglang_mm"]["q_heads"] // tp
+        assert sorted(rank["sglang_mm"]["first_q_head"] for rank in ranks) == sorted(
+            [*range(0, heads * tp, heads)] * cp
+        )
         for rank in ranks:
             assert rank["sglang_mm"]["kv_heads"] * tp == single["sglang_mm"]["kv_heads"] == 2
             assert rank["sglang_mm"]["q_heads"] * tp == single["sglang_mm"]["q_heads"]

@@ -23,7 +23,13 @@ class TimedQwenVLProcessor(qwen_vl.QwenVLImageProcessor):
         loaded = await super().load_mm_data(*args, **kwargs)
         loaded.video_metadata = None
         videos = loaded.videos or []
-        if videos and all(isinstance(video, VideoDecoderWrapper) for video in videos):
+        containers = [isinstance(video, VideoDecoderWrapper) for video in videos]
+        if any(containers):
+            if not all(containers):
+                raise ValueError(
+                    "one request has video files and preprocessed frames. Allowed: one of the two. Remedy: send all "
+                    "videos as files, or all as frames"
+                )
             sampled = [await qwen_vl.preprocess_video(video, video_config=self.video_config) for video in videos]
             loaded.videos, loaded.video_metadata = map(list, zip(*sampled))
         return loaded
