@@ -17,7 +17,7 @@ from sglang.srt.runtime_context import get_parallel
 from sglang_mm.config import Config
 from sglang_mm.parallel.distributed import DistributedTransport
 from sglang_mm.serving.embed import embed_rows
-from sglang_mm.serving.media import UnreadableMedia, read_batch
+from sglang_mm.serving.media import UnreadableMedia
 from sglang_mm.serving.plan import ATTRIBUTE, PrefillPlan, plan_prefill, reason_for_stock
 from sglang_mm.serving.record import KEY, FallbackLog, sharded_records, stock_records
 
@@ -58,31 +58,30 @@ class ContextParallelMixin:
         with self.narrowed():
             if forward_batch.forward_mode not in (ForwardMode.EXTEND, ForwardMode.MIXED):
                 return super().forward(input_ids, positions, forward_batch, *args, **kwargs)
-            reason, media = "one replica", None
-            if self.mm_transport is not None:
-                reason, media = self._reason_for_stock(forward_batch, bool(args) or any(kwargs.values()))
-            if reason:
-                if self.mm_transport is not None:
-                    self.mm_fallbacks.note(reason, forward_batch)
-                records = stock_records(forward_batch, self.mm_config.cp, reason)
-                output = super().forward(input_ids, positions, forward_batch, *args, **kwargs)
-            else:
-                plan = plan_prefill(forward_batch, media, self.mm_transport)
+            plan, reason = self._plan(forward_batch, more_than_generation=bool(args) or any(kwargs.values()))
+            if plan:
                 records = sharded_records(plan, forward_batch)
                 output = self._forward_sharded(input_ids, forward_batch, plan)
+            else:
+                records = stock_records(forward_batch, self.mm_config.cp, reason)
+                output = super().forward(input_ids, positions, forward_batch, *args, **kwargs)
         if hasattr(output, "customized_info"):
             output.customized_info = {**(output.customized_info or {}), KEY: records}
         return output
 
-    def _reason_for_stock(self, forward_batch, special: bool) -> tuple[str | None, list | None]:
-        """Why the batch is not sharded, or its media. special: more is asked than generation."""
-        if reason := "embeddings requested" if special else reason_for_stock(forward_batch, self.mm_config):
-            return reason, None
-        try:
-            return None, read_batch(forward_batch, self.visual)
-        except UnreadableMedia as error:
-            logger.warning("%s", error)
-            return "media in a form that only SGLang's own path reads", None
+    def _plan(self, forward_batch, more_than_generation: bool) -> tuple[PrefillPlan | None, str]:
+        """The plan of a batch that is sharded; or None, and why not (nothing to say with one replica)."""
+        if self.mm_transport is None:
+            return None, ""
+        reason = "embeddings requested" if more_than_generation else reason_for_stock(forward_batch, self.mm_config)
+        if not reason:
+            try:
+                return plan_prefill(forward_batch, self.visual, self.mm_transport), ""
+            except UnreadableMedia as error:
+                logger.warning("media is not sharded: %s", error)
+                reason = "media in a form that only SGLang's own path reads"
+        self.mm_fallbacks.note(reason, forward_batch)
+        return None, reason
 
     def _forward_sharded(self, input_ids, forward_batch, plan: PrefillPlan):
         embeds = embed_rows(self, plan, input_ids, forward_batch)

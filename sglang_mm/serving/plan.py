@@ -11,11 +11,11 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_mm.config import Config
-from sglang_mm.modality import MediaSpan, frames_of, runs_of
+from sglang_mm.modality import frames_of, runs_of
 from sglang_mm.parallel.layout import make_layout
 from sglang_mm.parallel.transport import Transport
 from sglang_mm.parallel.vision import EmbeddingExchange, plan_exchange
-from sglang_mm.serving.media import MediaSource
+from sglang_mm.serving.media import MediaSource, read_batch
 from sglang_mm.types import BatchLayout, digest64
 
 ATTRIBUTE = "sglang_mm_plan"  # on SGLang's ForwardBatch, read by the attention backend
@@ -72,10 +72,9 @@ def reason_for_stock(forward_batch, config: Config) -> str | None:
     return None
 
 
-def plan_prefill(
-    forward_batch, media: list[tuple[list[MediaSpan], list[MediaSource]]], transport: Transport
-) -> PrefillPlan:
-    """Lay out one extend batch. media: per request, as read_batch found them."""
+def plan_prefill(forward_batch, tower, transport: Transport) -> PrefillPlan:
+    """Lay out one extend batch. tower: SGLang's vision tower. Raises UnreadableMedia, on all ranks alike."""
+    media = read_batch(forward_batch, tower)
     layouts, frames = [], []
     for (spans, _), prefix, new in zip(
         media, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, strict=True

@@ -18,7 +18,7 @@ def sharded_records(plan: PrefillPlan, forward_batch) -> list[dict]:
 
 def stock_records(forward_batch, ranks: int, reason: str) -> list[dict]:
     """One record per request of a batch on SGLang's own path: every rank computed every row."""
-    fallbacks = [reason] if ranks > 1 else []
+    fallbacks = [reason] if reason else []
     return [
         _record("stock", ranks, [forward_batch.extend_seq_lens_cpu[i]] * ranks, forward_batch, i, list(fallbacks))
         for i in range(forward_batch.batch_size)

@@ -6,6 +6,8 @@ from tests.serving import compare
 from tests.serving.cases import generate_arguments
 from tests.serving.engine_process import engine
 
+pytestmark = pytest.mark.slow  # two engines of its own
+
 
 @pytest.fixture(scope="module")
 def stock_vision(checkpoint, prompts) -> dict:
