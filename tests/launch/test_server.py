@@ -44,7 +44,8 @@ def start(arguments: list[str], log) -> subprocess.Popen:
         return subprocess.Popen([*LAUNCH, *arguments], stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def test_serves_and_stops_on_sigint(checkpoint, tmp_path):
+@pytest.mark.parametrize("ending", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_serves_and_stops(ending, checkpoint, tmp_path):
     port, log = server.free_port(), tmp_path / "log"
     process = start(["--model-path", checkpoint, "--cp", "2", "--port", str(port), "--cp-min-tokens", "64"], log)
     try:
@@ -64,14 +65,15 @@ def test_serves_and_stops_on_sigint(checkpoint, tmp_path):
         status = requests.get(f"{url}/sglang_mm/status", timeout=10).json()
         assert status["requests"]["ring"] == 1 and status["fallbacks"]["below --cp-min-tokens"] >= 1
         assert "not sharded: below --cp-min-tokens" in log.read_text()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(ending)
         process.wait(30)
         assert not wait_until_none_left(process.pid, 10)
     finally:
         server.stop(process)
 
 
-def test_stops_on_sigterm_while_starting(checkpoint, tmp_path):
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_stops_while_starting(ending, checkpoint, tmp_path):
     log = tmp_path / "log"
     process = start(["--model-path", checkpoint, "--cp", "2", "--port", str(server.free_port())], log)
     try:
@@ -79,7 +81,7 @@ def test_stops_on_sigterm_while_starting(checkpoint, tmp_path):
         while len(processes_of(process.pid)) < 3 and time.monotonic() < end:
             time.sleep(0.1)
         assert len(processes_of(process.pid)) >= 3, "the ranks' processes did not start"
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(ending)
         process.wait(30)
         assert not wait_until_none_left(process.pid, 10)
     finally:

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def chunked(checkpoint, prompts) -> dict:
-    with engine(model_path=checkpoint, cp=2, chunked_prefill_size=300, cp_min_tokens=32) as ask:
+    with engine(model_path=checkpoint, cp=2, chunked_prefill_size=300, cp_min_tokens=8) as ask:
         return {case.name: ask("generate", **generate_arguments(case)) for case in prompts}
 
 
