@@ -64,14 +64,16 @@ def _read_item(item, merge: int, patch: int) -> list[tuple[int, int, int, str, M
     modality = "video" if item.is_video() else "image"
     grid = item.model_specific_data.get(f"{modality}_grid_thw")
     rows = item.feature if item.precomputed_embeddings is None else item.precomputed_embeddings
-    if grid is None or not isinstance(rows, torch.Tensor) or rows.is_cuda:
-        raise UnreadableMedia(f"a {modality} without a grid, or not in a host tensor")
+    if grid is None or item.offsets is None or not isinstance(rows, torch.Tensor) or rows.is_cuda:
+        raise UnreadableMedia(f"a {modality} without a grid or a marker, or not in a host tensor")
     found, row, is_pixels = [], 0, item.precomputed_embeddings is None
     grids = torch.as_tensor(grid).reshape(-1, 3).tolist()
     if len(grids) != len(item.offsets):
         raise UnreadableMedia(f"{len(item.offsets)} {modality} markers for {len(grids)} {modality} grids")
     for (first, last), (t, h, w) in zip(item.offsets, grids):
         tokens = t * h * w // merge**2
+        if min(t, h, w) < 1 or h % merge or w % merge:
+            raise UnreadableMedia(f"a {modality} grid {t}x{h}x{w} whose sides are not multiples of {merge}")
         if tokens != last - first + 1:
             raise UnreadableMedia(f"{last - first + 1} tokens for a {modality} of {tokens} (grid {t}x{h}x{w})")
         source = MediaSource(rows if is_pixels else None, None if is_pixels else rows, row, h, w)

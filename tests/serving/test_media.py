@@ -53,6 +53,8 @@ def test_embeddings_made_by_the_client():
     [
         {"grid": None},
         {"grid": [(3, 4, 4), (1, 4, 4)]},
+        {"grid": [(3, 2, 1)], "offsets": [(3, 3)], "rows": 6},
+        {"grid": [(0, 4, 4)]},
         {"offsets": [(3, 13)]},
         {"rows": 47},
         {"feature": torch.zeros(48, PATCH + 1)},
