@@ -25,10 +25,12 @@ ROOMS = {
     "config": Room(),
     "types": Room(libraries={"torch"}),
     "kernels": Room(libraries={"torch", "triton", "flashinfer"}),
-    "modality": Room(libraries={"torch", "numpy"}),
+    "modality": Room(libraries={"torch", "numpy", "msgspec"}),
+    "patterns": Room(NOUNS | {"kernels"}, {"torch", "numpy", "msgspec", "matplotlib"}),
     "parallel": Room(NOUNS | {"kernels"}, {"torch", "numpy"}),
     "serving": Room(NOUNS | {"kernels", "modality", "parallel"}, {"torch", "sglang", "fastapi", "torchcodec"}),
     "launch": Room(NOUNS | {"serving"}, {"ray"}),
+    "plan": Room(NOUNS | {"patterns", "modality"}, {"torch", "msgspec"}),
     "tiny": Room(libraries={"torch", "numpy", "av", "tokenizers", "transformers"}),
     "demo": Room(NOUNS | {"", "launch", "tiny"}, {"torch", "transformers", "openai", "requests"}),
     "": Room(NOUNS | {"serving"}),  # sglang_mm/__init__.py: Engine, imported when first asked for

@@ -1,4 +1,4 @@
-"""Nouns every room shares. Integers only: which token is what, and which rank computes its row.
+"""Which token is computed where: runs, frames and layouts. Integers only.
 
 Positions are indices into one whole prompt, cached prefix included; causality is decided by them and nothing else.
 A request's new rows are [start, start + length); start > 0 when a cached prefix exists.

@@ -1,0 +1,119 @@
+"""What one rank holds of one layer of one prompt, and which query heads are scored together.
+
+T rows and K keys of this rank, H query heads, G K/V heads, N scored query heads per K/V head, D head dim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sglang_mm.errors import ConfigError
+from sglang_mm.kernels.merge import state_dtype
+from sglang_mm.patterns.program import Shard
+from sglang_mm.patterns.select.peers import Peers
+from sglang_mm.types import TokenMap
+
+Heads = tuple[int, ...]
+"""Query heads of one K/V group that share a selection."""
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """q_THD [T, H, D], k_KGD [K, G, D]: floats of one dtype, on the device of the shards, whose tokens they belong to.
+
+    chunk: the prompt's rows that are computed now, on all ranks together; no key lies after its end.
+    Raises ConfigError for what does not fit.
+    """
+
+    q_THD: Tensor
+    k_KGD: Tensor
+    rows: Shard
+    keys: Shard
+    scale: float
+    peers: Peers
+    chunk: range
+
+    def __post_init__(self):
+        q, k = tuple(self.q_THD.shape), tuple(self.k_KGD.shape)
+        if len(q) != 3 or len(k) != 3 or q[2] != k[2] or q[1] % k[1] or self.q_THD.dtype != self.k_KGD.dtype:
+            given, allowed = f"q {q} {self.q_THD.dtype}, k {k} {self.k_KGD.dtype}", "q [T,H,D], k [K,G,D] of one dtype"
+            raise ConfigError(given, f"{allowed}, H a multiple of G", "check the head split")
+        for name, shard, tensors, first in (("q", self.rows, q, self.chunk.start), ("k", self.keys, k, 0)):
+            at = shard.positions
+            inside = not len(at) or (int(at[0]) >= first and int(at[-1]) < self.chunk.stop)
+            if len(at) != tensors[0] or not inside:
+                given = f"{name} of {tensors[0]} tokens at {len(at)} positions {at[:2].tolist()} .. {at[-2:].tolist()}"
+                raise ConfigError(given, f"as many, in {first} .. {self.chunk.stop - 1}", "check shard and chunk")
+
+    @property
+    def tokens(self) -> TokenMap:
+        return self.keys.tokens
+
+    @property
+    def pos_q(self) -> Tensor:
+        return self.rows.positions
+
+    @property
+    def pos_k(self) -> Tensor:
+        return self.keys.positions
+
+    @property
+    def group(self) -> int:
+        """Query heads per K/V head."""
+        return self.q_THD.shape[1] // self.k_KGD.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of scores and masses: fp64 for fp64 inputs, else fp32."""
+        return state_dtype(self.q_THD.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.q_THD.device
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """Query heads in a rectangle, so that one batched product serves all K/V heads without copies of K.
+
+    kv_heads int64 [G]; heads int64 [G * N], the query heads of kv_heads[0], of kv_heads[1], ... A K/V head with fewer
+    than N repeats one. weights [units, G * N]: 1 where the unit owns the slot, 0 elsewhere, also for repetitions.
+    """
+
+    kv_heads: Tensor
+    heads: Tensor
+    weights: Tensor
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def arrange(self, x_RHD: Tensor) -> Tensor:
+        """[R, H, D] -> [G, N * R, D]."""
+        rows, _, dim = x_RHD.shape
+        kv_heads = len(self.kv_heads)
+        return x_RHD[:, self.heads].transpose(0, 1).reshape(kv_heads, len(self) // kv_heads * rows, dim)
+
+    def per_unit(self, x_ZX: Tensor) -> Tensor:
+        """[G * N, ...] -> [units, ...]: the sum over each unit's heads."""
+        return (self.weights @ x_ZX.flatten(1)).view(len(self.weights), *x_ZX.shape[1:])
+
+
+def make_slots(units: Sequence[Heads], held: Held) -> Slots:
+    """Raises ConfigError for a head that does not exist, occurs twice, or a unit over two K/V heads."""
+    by_kv: dict[int, list[tuple[int, int]]] = {}
+    for number, heads in enumerate(units):
+        if len({head // held.group for head in heads}) != 1:
+            raise ConfigError(f"a unit of heads {heads}", f"heads of one group of {held.group}", "split the unit")
+        by_kv.setdefault(heads[0] // held.group, []).extend((head, number) for head in heads)
+    named = sorted(head for heads in units for head in heads)
+    if len(set(named)) != len(named) or named[0] < 0 or named[-1] >= held.q_THD.shape[1]:
+        raise ConfigError(
+            f"units of heads {named}", f"each of 0 .. {held.q_THD.shape[1] - 1} at most once", "check them"
+        )
+    width = max(map(len, by_kv.values()))
+    padded = [pairs + [(pairs[0][0], -1)] * (width - len(pairs)) for _, pairs in sorted(by_kv.items())]
+    heads, owner = torch.tensor(padded, device=held.device).flatten(0, 1).T
+    weights = owner == torch.arange(len(units), device=held.device)[:, None]
+    return Slots(torch.tensor(sorted(by_kv), device=held.device), heads, weights.to(held.dtype))

@@ -1,0 +1,40 @@
+"""The guard's measure: how much of the probe's softmax mass a selection keeps. Exact, not a sum of estimated masses.
+
+Masses of sink, window, columns and diagonals cannot be added up: a key in two of them would count twice. The programs
+that attention will run are run on the probe's rows instead, as sparse rows also where the pattern makes them dense:
+
+    recall of a row = sum of exp(score) over the keys seen / over all keys = exp(lse of the programs - lse of the probe)
+
+H query heads, R probe rows, U units.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sglang_mm.kernels.merge import state_dtype
+from sglang_mm.kernels.tiles import tile_lse
+from sglang_mm.patterns.chosen import Selection, Unit
+from sglang_mm.patterns.program import Shard, compile_piece, compile_rows
+from sglang_mm.patterns.select.held import Held
+from sglang_mm.patterns.select.probe import Probe, join_lse
+
+
+def measure_recall(held: Held, probe: Probe, units: Sequence[Unit]) -> list[float]:
+    """Per unit the mean over the probe's rows and the unit's heads, the same on all ranks; 0 .. 1 up to rounding.
+
+    units: with the panels of the probe's modality, and of heads that the probe was taken for.
+    """
+    lse_HR = join_lse(held, _lse_over_own_keys(held, probe, Selection(tuple(units), held.group)))
+    kept_HR = torch.exp(lse_HR - probe.lse_HR)
+    return [float(kept_HR[list(unit.heads)].double().mean()) for unit in units]
+
+
+def _lse_over_own_keys(held: Held, probe: Probe, selection: Selection) -> Tensor:
+    """[H, R]: of the keys of this rank that the selection shows; -inf for none."""
+    lse_HR = torch.full_like(probe.lse_HR, float("-inf"), dtype=state_dtype(held.q_THD.dtype))
+    rows = compile_rows(selection, Shard(held.tokens, probe.positions), sparse_rows=True)
+    for program in compile_piece(rows, held.keys):
+        lse_HR = torch.logaddexp(lse_HR, tile_lse(probe.q_RHD, held.k_KGD, program, scale=held.scale))
+    return lse_HR

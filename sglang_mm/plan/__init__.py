@@ -1,0 +1,1 @@
+"""Plan files on the command line: check one, print it, draw it."""

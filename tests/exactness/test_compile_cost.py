@@ -1,0 +1,137 @@
+"""What a program weighs and how long it takes to make, at 64 thousand to 1 million tokens.
+
+The last of 8 ranks, 28 heads without groups in the plan: half of them grids along frames with lines both ways, half
+vertical_slash with 1000 to 2000 columns and some 20 block diagonals; 8 pieces of keys.
+"""
+
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from sglang_mm.parallel.layout import make_layout
+from sglang_mm.patterns.catalog import Dense, Grid, VerticalSlash
+from sglang_mm.patterns.chosen import BLOCK, Lines, Nothing, Phases, Selection, Unit
+from sglang_mm.patterns.program import Shard, compile_piece, compile_rows
+from sglang_mm.types import Axis, Run, TileProgram, TokenMap
+from tests import token_maps
+from tests.exactness.layers import one_rank, single
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RANKS, HEADS, PLACES = 8, 28, 256
+SIZES = {"64K": 1 << 16, "256K": 1 << 18, "1M": 10**6}
+PIECE_SECONDS = 0.1
+"""A layer of dense attention at this size takes seconds per rank."""
+ENTRY_BYTES = 4 * 4 + 2 * 8
+"""Of one with a mask, the larger kind: tile, count, bounds, live; and 128 bits."""
+ITEM_BYTES = 2 * 4 + 2 * 8
+"""Unit and tile of rows; where its entries start in either list."""
+LISTED_BYTES = 4 + 8
+"""A row or key in a tile; a tile has one at least, and a pointer."""
+TOKEN_BYTES = 8
+"""Position of a row or key of the shards."""
+BOUNDS_BYTES = 4 * 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    programs: list[TileProgram]
+    rows_seconds: float
+    piece_seconds: float
+
+    def total(self, name: str) -> int:
+        return sum(getattr(program, name) for program in self.programs)
+
+    @property
+    def bytes(self) -> int:
+        return sum(program.nbytes() for program in self.programs)
+
+
+def selection(tokens: TokenMap) -> Selection:
+    """Columns and diagonals lie at the same shares of the prompt whatever its size."""
+    units: list[Unit] = []
+    for head in range(0, HEADS, 2):
+        phases = Phases(Axis.FRAME, torch.tensor([head * 7 % PLACES]), torch.zeros(0, 2, dtype=torch.int64))
+        units.append(single(Grid("frame", horizontal=True), phases, heads=(head,)))
+        draw = torch.Generator().manual_seed(head)
+        columns = (torch.rand(1000 + head % 3 * 500, generator=draw, dtype=torch.float64) * len(tokens)).long()
+        diagonals = (torch.rand(12 + head % 8, generator=draw) * (len(tokens) // BLOCK)).long()
+        lines = Lines(columns.unique(), torch.cat([torch.arange(4), diagonals]).unique())
+        units.append(single(VerticalSlash(), lines, heads=(head + 1,)))
+    return Selection(tuple(units), 7)
+
+
+def least_seconds(run) -> float:
+    found = []
+    for _ in range(3):
+        start = time.process_time()
+        run()
+        found.append(time.process_time() - start)
+    return min(found)
+
+
+def measure(size: int) -> Cost:
+    frames = (size - 50) // PLACES
+    tokens = token_maps.uniform_video(frames, 16, 16)
+    runs = [Run(0, 20), Run(20, frames * PLACES, frames, "video"), Run(20 + frames * PLACES, 30)]
+    shards = [Shard(tokens, rows) for rows in make_layout(runs, RANKS).rows]
+    chosen = selection(tokens)
+    rows = compile_rows(chosen, shards[-1])
+    programs = [program for piece in shards for program in compile_piece(rows, piece)]
+    rows_seconds = least_seconds(lambda: compile_rows(chosen, shards[-1]))
+    piece_seconds = [least_seconds(lambda piece=piece: compile_piece(rows, piece)) for piece in shards]
+    return Cost(programs, rows_seconds, max(piece_seconds))
+
+
+@pytest.fixture(scope="module")
+def costs() -> dict[str, Cost]:
+    found = {name: measure(size) for name, size in SIZES.items()}
+    for name, cost in found.items():
+        print(
+            f"\n{name}: rows {1e3 * cost.rows_seconds:.0f} ms, slowest piece {1e3 * cost.piece_seconds:.0f} ms,"
+            f" {cost.total('entries')} entries and {cost.total('items')} items in {len(cost.programs)} programs,"
+            f" {cost.bytes / 1e6:.1f} MB, {cost.bytes / cost.total('entries'):.0f} bytes per entry",
+            end="",
+        )
+    return found
+
+
+def test_tables_weigh_what_their_entries_do(costs):
+    for cost in costs.values():
+        for program in cost.programs:
+            listed, held = len(program.rows) + len(program.keys), len(program.pos_q) + len(program.pos_k)
+            limit = ENTRY_BYTES * program.entries + ITEM_BYTES * program.items + LISTED_BYTES * listed
+            pointers = 4 * TOKEN_BYTES  # the last one of each kind
+            assert program.nbytes() <= limit + TOKEN_BYTES * held + BOUNDS_BYTES * len(program.bounds) + pointers
+
+
+def test_tables_grow_no_faster_than_the_prompt(costs):
+    """Items and their bytes in proportion. Entries a fifth more: a list of one tile, as many are at 64 thousand tokens,
+    is one entry at most, a longer one has its last tile apart."""
+    small, large = costs["64K"], costs["1M"]
+    growth = SIZES["1M"] / SIZES["64K"]
+    assert large.total("items") <= 1.1 * growth * small.total("items")
+    assert large.total("entries") <= 1.2 * growth * small.total("entries")
+    assert large.bytes <= 1.1 * growth * small.bytes
+
+
+def test_a_piece_is_compiled_in_less_than_a_tenth_of_a_second(costs):
+    assert costs["1M"].rows_seconds + costs["1M"].piece_seconds < PIECE_SECONDS
+
+
+def test_a_tile_of_dense_rows_is_two_entries():
+    """However long the prompt: what all of its rows see, and what some of them do."""
+    unit = single(Dense(), Nothing())
+    ((_, _, program),) = one_rank(token_maps.text_only(100_000), unit).programs
+    assert program.items == -(-100_000 // BLOCK)
+    assert int((program.full_ptr.diff() + program.part_ptr.diff()).max()) == 2
+
+
+def test_lines_are_compact():
+    """One place of 256 in 300 frames is 3 tiles of keys, not the 300 tiles in which the places lie."""
+    tokens = token_maps.uniform_video(300, 16, 16)
+    phases = Phases(Axis.FRAME, torch.tensor([77]), torch.zeros(0, 2, dtype=torch.int64))
+    ((_, _, program),) = one_rank(tokens, single(Grid(sink=0, window=1, tail=False), phases)).programs
+    band = program.items  # the block of the row itself
+    assert program.visits <= band + 3 * program.items

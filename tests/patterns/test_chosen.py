@@ -1,0 +1,67 @@
+"""The digest that ranks compare tells any two selections apart; block lists, which ranks hold in part, are left out."""
+
+from itertools import combinations
+
+import torch
+
+from sglang_mm.patterns.catalog import AShape, Blocks, Dense, Grid, VerticalSlash
+from sglang_mm.patterns.chosen import BlockSet, Lines, Nothing, Panel, Phases, Selection, Unit
+from sglang_mm.types import Axis, Modality
+
+
+def long(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+def selection(chosen=None, pattern=None, rows=None, keys=None, heads=(0,), more=(), group=2) -> Selection:
+    panel = Panel(rows, keys, pattern or Dense(), chosen or Nothing())
+    return Selection((Unit(heads, (panel, *more)),), group)
+
+
+def shifts(*pairs: tuple[int, int]) -> torch.Tensor:
+    return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+
+
+def test_digest_changes_with_every_field():
+    panel = Panel(None, None, Dense(), Nothing())
+    lines, grid = VerticalSlash(), Grid()
+    all_different = [
+        selection(),
+        selection(heads=(1,)),
+        selection(heads=(0, 1)),
+        selection(rows=Modality.TEXT),
+        selection(rows=Modality.VIDEO),
+        selection(keys=Modality.TEXT),
+        selection(more=(panel,)),
+        Selection((*selection().units, *selection().units), 2),
+        Selection((), 2),
+        selection(group=1),
+        selection(pattern=AShape()),
+        selection(pattern=AShape(window=7)),
+        selection(Lines(long(1, 2), long()), lines),
+        selection(Lines(long(1), long(2)), lines),
+        selection(Lines(long(), long(1, 2)), lines),
+        selection(Lines(long(1, 3), long()), lines),
+        selection(Lines(long(1, 2), long()), VerticalSlash(vertical=3)),
+        selection(Phases(Axis.FRAME, long(1, 2), shifts()), grid),
+        selection(Phases(Axis.ROW, long(1, 2), shifts()), grid),
+        selection(Phases(Axis.FRAME, long(1), shifts()), grid),
+        selection(Phases(Axis.FRAME, long(), shifts((1, 2))), grid),
+        selection(Phases(Axis.FRAME, long(), shifts((2, 1))), grid),
+        selection(Phases(Axis.FRAME, long(1), shifts((1, 2))), grid),
+    ]
+    assert all(left.digest() != right.digest() for left, right in combinations(all_different, 2))
+
+
+def test_digest_does_not_read_block_lists():
+    one, other = (
+        selection(BlockSet(long(0, 1), long(0, 1, 3), long(0, 0, 1)), Blocks()),
+        selection(BlockSet(long(4), long(0, 2), long(0, 4)), Blocks()),
+    )
+    assert one.digest() == other.digest() != selection(other.units[0].panels[0].chosen, Blocks(0.5)).digest()
+
+
+def test_digest_is_the_same_for_equal_selections():
+    assert selection(Lines(long(1), long(2)), VerticalSlash()).digest() == (
+        selection(Lines(long(1), long(2)), VerticalSlash()).digest()
+    )
