@@ -40,6 +40,7 @@ def map_from_offsets(family: Family, ids: Tensor, bundles: Sequence[Bundle], wra
     ids int64 [S], on the CPU: the prompt; ids of media do not matter. wraps: ids of vision start and end.
     Raises ConfigError for grids that do not fit the offsets, and for media that overlap or lie beyond the prompt.
     """
+    _check_ids(ids)
     items = [item for bundle in bundles for item in _items_of(family, bundle)]
     items.sort(key=lambda item: item.first)
     return build_token_map(ids, items, wraps)
@@ -57,6 +58,7 @@ def map_from_ids(
     media: in prompt order; images and videos may be listed apart unless they share a placeholder id.
     placeholders: id of an image token, of a video token. Raises ConfigError as map_from_offsets does.
     """
+    _check_ids(ids)
     bundles = []
     for token in dict.fromkeys(placeholders.values()):
         own = [medium for medium in media if placeholders.get(medium.modality) == token]
@@ -69,6 +71,11 @@ def map_from_ids(
     return map_from_offsets(family, ids, bundles, wraps)
 
 
+def _check_ids(ids: Tensor) -> None:
+    if ids.dim() != 1 or not len(ids):
+        raise ConfigError(f"ids of shape {tuple(ids.shape)}", "[tokens], one or more", "pass one prompt at a time")
+
+
 def _runs_of_token(ids: Tensor, token: int) -> Sequence[tuple[int, int]]:
     """(first, last) of every stretch of `token`."""
     is_token = torch.nn.functional.pad((ids == token).to(torch.int8), (1, 1))
@@ -78,9 +85,11 @@ def _runs_of_token(ids: Tensor, token: int) -> Sequence[tuple[int, int]]:
 
 def _items_of(family: Family, bundle: Bundle) -> list[Item]:
     runs = np.asarray(bundle.offsets, dtype=np.int64).reshape(-1, 2)
-    if not len(runs) or not bundle.media or (runs[:, 1] < runs[:, 0]).any() or (runs[1:, 0] <= runs[:-1, 1]).any():
+    ascending = (runs[:, 1] >= runs[:, 0]).all() and (runs[1:, 0] > runs[:-1, 1]).all()
+    if not len(runs) or not bundle.media or not ascending or runs[0, 0] < 0:
         given = f"{len(bundle.media)} media at {len(runs)} offsets, {[tuple(run) for run in runs[:3].tolist()]} first"
-        raise ConfigError(given, "(first, last) pairs, ascending, and media for them", "check offsets and grids")
+        allowed = "(first, last) pairs, ascending from 0 on, and media for them"
+        raise ConfigError(given, allowed, "check offsets and grids")
     if len(bundle.media) == 1:
         return _placed(family, bundle.media[0], runs)
     lengths = [-1]

@@ -18,10 +18,17 @@ from sglang_mm.types import Modality, Place
 
 @dataclass(frozen=True)
 class Medium:
-    """What a processor says of one image or video. grid: (frames, rows, columns) in the unit of the family, or None."""
+    """What a processor says of one image or video. grid: (frames, rows, columns) in the unit of the family, or None.
+
+    Raises ConfigError for text.
+    """
 
     modality: Modality
     grid: tuple[int, int, int] | None = None
+
+    def __post_init__(self):
+        if self.modality == Modality.TEXT:
+            raise ConfigError("a medium of text", "image, video", "leave text out: it is what no medium covers")
 
     def __str__(self) -> str:
         grid = "x".join(map(str, self.grid)) if self.grid else "unknown"

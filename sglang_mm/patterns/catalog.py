@@ -31,11 +31,13 @@ class _Pattern(msgspec.Struct, frozen=True, tag_field="kind", forbid_unknown_fie
     """Raises ConfigError for a number out of range, in a message that starts with the field's name."""
 
     def __post_init__(self):
-        for name, smallest in SMALLEST.items():
-            value = getattr(self, name, False)
-            if not isinstance(value, bool) and not (isinstance(value, int) and smallest <= value <= INF):
-                allowed = f"a whole number from {smallest} to {INF}"
-                raise ConfigError(f"{name}: {value!r} in {type(self).__name__}", allowed, f"pass {smallest} or more")
+        for name, kind in type(self).__annotations__.items():
+            value, given = getattr(self, name), f"{name}: {getattr(self, name)!r} in {type(self).__name__}"
+            if kind is bool and not isinstance(value, bool):
+                raise ConfigError(given, "true or false", "pass a truth value")
+            smallest = SMALLEST.get(name)
+            if kind is int and (type(value) is not int or not smallest <= value <= INF):
+                raise ConfigError(given, f"a whole number from {smallest} to {INF}", f"pass {smallest} or more")
 
 
 class Dense(_Pattern, frozen=True, tag="dense"):
@@ -97,7 +99,8 @@ class Blocks(_Pattern, frozen=True, tag="blocks"):
     threshold: float = 0.95
 
     def __post_init__(self):
-        if not 0 < self.threshold <= 1:
+        is_number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
+        if not is_number or not 0 < self.threshold <= 1:
             given = f"threshold: {self.threshold!r} in Blocks"
             raise ConfigError(given, "0 < threshold <= 1", "pass the share of the mass to keep")
 

@@ -6,12 +6,14 @@ unit do not overlap and cover every row and key; one softmax runs over their uni
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from sglang_mm.patterns.catalog import Pattern
-from sglang_mm.types import Axis, Modality, digest64
+from sglang_mm.errors import ConfigError
+from sglang_mm.patterns.catalog import AShape, Blocks, Dense, Grid, Pattern, TriShape, VerticalSlash
+from sglang_mm.types import Axis, Modality, TokenMap, digest64
 
 BLOCK = 128
 """Slashes and blocks live on the fixed grid of 128 original positions, so that no mask depends on a kernel's tile."""
@@ -27,10 +29,17 @@ class Nothing:
 
 @dataclass(frozen=True, eq=False)
 class Lines:
-    """vertical_slash: columns int64 [n], key positions; diagonals int64 [m], differences of 128-blocks. Ascending."""
+    """vertical_slash: columns int64 [n], key positions; diagonals int64 [m], differences of 128-blocks.
+
+    Each once, ascending, from 0 on. Raises ConfigError if they are not.
+    """
 
     columns: Tensor
     diagonals: Tensor
+
+    def __post_init__(self):
+        _check_set("columns", self.columns)
+        _check_set("diagonals", self.diagonals)
 
     def tables(self) -> list[Tensor]:
         return [self.columns, self.diagonals]
@@ -38,14 +47,21 @@ class Lines:
 
 @dataclass(frozen=True, eq=False)
 class Phases:
-    """grid: the axis taken; classes int64 [n], ascending, of `TokenMap.classes(axis)`; shifts int64 [m, 2], ascending.
+    """grid: the axis taken; classes int64 [n] of `TokenMap.classes(axis)`; shifts int64 [m, 2]. Each once, ascending.
 
     A shift is (name space, s): a query sees keys of its item with (class of query - class of key) mod classes == s.
+    Raises ConfigError for classes or shifts that repeat or descend.
     """
 
     axis: Axis
     classes: Tensor
     shifts: Tensor
+
+    def __post_init__(self):
+        _check_set("classes", self.classes)
+        if self.shifts.dim() != 2 or self.shifts.shape[1] != 2:
+            raise ConfigError(f"shifts {tuple(self.shifts.shape)}", "int64 [m, 2]", "pass (name space, shift) pairs")
+        _check_set("shifts", self.shifts[:, 0] * (1 << 32) + self.shifts[:, 1])
 
     def tables(self) -> list[Tensor]:
         return [torch.tensor([list(Axis).index(self.axis)]), self.classes, self.shifts]
@@ -53,14 +69,21 @@ class Phases:
 
 @dataclass(frozen=True, eq=False)
 class BlockSet:
-    """blocks: for row block row_blocks[i], the key blocks key_blocks[ptr[i] : ptr[i + 1]]. int64, ascending each.
+    """blocks: for row block row_blocks[i], the key blocks key_blocks[ptr[i] : ptr[i + 1]]. int64.
 
-    A rank holds the row blocks of its own rows and of the probe: not part of the digest.
+    Row blocks, and key blocks within each list, occur once and ascend. A rank holds the row blocks of its own rows and
+    of the probe: not part of the digest. Raises ConfigError for row blocks or pointers that do not fit.
     """
 
     row_blocks: Tensor
     ptr: Tensor
     key_blocks: Tensor
+
+    def __post_init__(self):
+        _check_set("row_blocks", self.row_blocks)
+        if len(self.ptr) != len(self.row_blocks) + 1 or int(self.ptr[-1]) != len(self.key_blocks):
+            given = f"{len(self.ptr)} pointers for {len(self.row_blocks)} row blocks, {len(self.key_blocks)} key blocks"
+            raise ConfigError(given, "one per row block, and the end", "count the key blocks of each row block")
 
     def tables(self) -> list[Tensor]:
         return []
@@ -68,13 +91,58 @@ class BlockSet:
 
 Chosen = Nothing | Lines | Phases | BlockSet
 
+NEEDS = {
+    Dense: Nothing,
+    AShape: Nothing,
+    TriShape: Nothing,
+    VerticalSlash: Lines,
+    Grid: Phases,
+    Blocks: BlockSet,
+}
+"""What the online selection finds for each pattern."""
+
+
+def check_kind(pattern: Pattern, chosen: Chosen) -> None:
+    """Raise ConfigError when `chosen` belongs to another pattern."""
+    if not isinstance(chosen, NEEDS[type(pattern)]):
+        given, needed = f"{type(chosen).__name__} for {pattern}", NEEDS[type(pattern)].__name__
+        raise ConfigError(given, needed, "pass what was selected for this pattern")
+
+
+def check_fits(chosen: Chosen, tokens: TokenMap) -> None:
+    """Raise ConfigError for columns, classes or shifts that the prompt does not have. Sets ascend: the last tells."""
+    if isinstance(chosen, Lines) and len(chosen.columns) and int(chosen.columns[-1]) >= len(tokens):
+        given = f"column {int(chosen.columns[-1])}"
+        raise ConfigError(given, f"positions below {len(tokens)}", "select for this prompt")
+    if isinstance(chosen, Phases):
+        classes = tokens.classes(chosen.axis)
+        if len(chosen.classes) and int(chosen.classes[-1]) >= len(classes):
+            raise ConfigError(f"class {int(chosen.classes[-1])}", f"below {len(classes)}", "select for this prompt")
+        sizes = [stop - start for start, stop in pairwise(classes.starts)]
+        for space, shift in chosen.shifts.tolist():
+            if space >= len(sizes) or not 0 <= shift < sizes[space]:
+                allowed = f"0 <= shift < size of the name space, sizes {sizes}"
+                raise ConfigError(f"shift {shift} in name space {space}", allowed, "select for this prompt")
+
+
+def _check_set(name: str, members: Tensor) -> None:
+    if members.dim() != 1 or members.dtype != torch.int64:
+        raise ConfigError(f"{name} {members.dtype} {tuple(members.shape)}", "int64 [n]", "pass a list of numbers")
+    if bool((members.diff(prepend=members.new_full((1,), -1)) <= 0).any()):
+        raise ConfigError(f"{name} {members[:4].tolist()}..", "each once, ascending, from 0 on", "sort them")
+
 
 @dataclass(frozen=True, eq=False)
 class Panel:
+    """Raises ConfigError when `chosen` belongs to another pattern."""
+
     rows: Modality | None
     keys: Modality | None
     pattern: Pattern
     chosen: Chosen
+
+    def __post_init__(self):
+        check_kind(self.pattern, self.chosen)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,20 +12,9 @@ Suffixes: S tokens, as rows or as keys.
 import torch
 from torch import Tensor
 
-from sglang_mm.errors import ConfigError
 from sglang_mm.patterns.catalog import AShape, Blocks, Dense, Grid, Pattern, TriShape, VerticalSlash
-from sglang_mm.patterns.chosen import BLOCK, BlockSet, Chosen, Lines, Nothing, Phases, Unit
+from sglang_mm.patterns.chosen import BLOCK, BlockSet, Chosen, Phases, Unit, check_kind
 from sglang_mm.types import Modality, TokenMap
-
-NEEDS = {
-    Dense: Nothing,
-    AShape: Nothing,
-    TriShape: Nothing,
-    VerticalSlash: Lines,
-    Grid: Phases,
-    Blocks: BlockSet,
-}
-"""The online choice that belongs to each pattern."""
 
 
 def unit_mask(unit: Unit, tokens: TokenMap, *, sparse_rows: bool = False) -> Tensor:
@@ -43,9 +32,7 @@ def mask(pattern: Pattern, tokens: TokenMap, chosen: Chosen, *, sparse_rows: boo
     sparse_rows: rows that the pattern makes dense (horizontal lines, text tail, last rows) see what others see.
     Raises ConfigError when `chosen` belongs to another pattern.
     """
-    if not isinstance(chosen, NEEDS[type(pattern)]):
-        given, needed = f"{type(chosen).__name__} for {pattern}", NEEDS[type(pattern)].__name__
-        raise ConfigError(given, needed, "pass what was selected for this pattern")
+    check_kind(pattern, chosen)
     i = torch.arange(len(tokens), device=tokens.modality.device)[:, None]
     j = i.T
     match pattern:

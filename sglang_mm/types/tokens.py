@@ -64,8 +64,8 @@ class Classes:
 
     @cached_property
     def spaces(self) -> Tensor:
-        sizes = torch.tensor(self.starts).diff()
-        return torch.arange(len(sizes)).repeat_interleave(sizes)
+        sizes = torch.tensor(self.starts, device=self.of_token.device).diff()
+        return torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
 
 
 COLUMNS = ("modality", "item", "frame", "place", "col", "span")

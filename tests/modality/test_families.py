@@ -195,3 +195,15 @@ def test_text_alone():
     token_map = map_from_ids(family_of("qwen3_vl"), IDS, [], PLACEHOLDERS, WRAPS)
     assert columns_of(token_map) == Script().text(100).expected() and token_map.grids == ()
     assert equal(token_map, map_from_offsets(family_of("qwen3_vl"), IDS, [], WRAPS))
+
+
+def test_what_is_no_prompt():
+    plain, image = family_of("plain"), [Bundle([(-1, 2)], [Medium(I, (1, 2, 2))])]
+    with pytest.raises(ConfigError, match=r"ids of shape \(1, 4\)"):
+        map_from_offsets(plain, torch.zeros(1, 4, dtype=torch.int64), [])
+    with pytest.raises(ConfigError, match=r"ids of shape \(0,\)"):
+        map_from_ids(plain, torch.zeros(0, dtype=torch.int64), [], {})
+    with pytest.raises(ConfigError, match="ascending from 0 on"):
+        map_from_offsets(plain, torch.zeros(9, dtype=torch.int64), image)
+    with pytest.raises(ConfigError, match="a medium of text"):
+        Medium(Modality.TEXT)

@@ -1,12 +1,18 @@
-"""The digest that ranks compare tells any two selections apart; block lists, which ranks hold in part, are left out."""
+"""The digest that ranks compare tells any two selections apart; block lists, which ranks hold in part, are left out.
+
+What is no set, or no set of this prompt, is refused.
+"""
 
 from itertools import combinations
 
+import pytest
 import torch
 
+from sglang_mm.errors import ConfigError
 from sglang_mm.patterns.catalog import AShape, Blocks, Dense, Grid, VerticalSlash
-from sglang_mm.patterns.chosen import BlockSet, Lines, Nothing, Panel, Phases, Selection, Unit
+from sglang_mm.patterns.chosen import BlockSet, Lines, Nothing, Panel, Phases, Selection, Unit, check_fits
 from sglang_mm.types import Axis, Modality
+from tests.token_maps import uniform_video
 
 
 def long(*numbers: int) -> torch.Tensor:
@@ -65,3 +71,41 @@ def test_digest_is_the_same_for_equal_selections():
     assert selection(Lines(long(1), long(2)), VerticalSlash()).digest() == (
         selection(Lines(long(1), long(2)), VerticalSlash()).digest()
     )
+
+
+@pytest.mark.parametrize(
+    ("make", "given"),
+    [
+        (lambda: Lines(long(1, 1), long()), r"columns \[1, 1\]"),
+        (lambda: Lines(long(2, 1), long()), r"columns \[2, 1\]"),
+        (lambda: Lines(long(), long(-1, 0)), r"diagonals \[-1, 0\]"),
+        (lambda: Lines(torch.ones(2), long()), r"columns torch.float32 \(2,\)"),
+        (lambda: Phases(Axis.ROW, long(3, 3), shifts()), r"classes \[3, 3\]"),
+        (lambda: Phases(Axis.ROW, long(), shifts((0, 1), (0, 1))), "shifts"),
+        (lambda: Phases(Axis.ROW, long(), long(0, 1)), r"shifts \(2,\)"),
+        (lambda: BlockSet(long(1, 0), long(0, 1, 2), long(0, 0)), r"row_blocks \[1, 0\]"),
+        (lambda: BlockSet(long(0), long(0, 1), long(0, 0)), "2 pointers for 1 row blocks, 2 key blocks"),
+        (lambda: Panel(None, None, Grid(), Nothing()), "Nothing for Grid"),
+    ],
+)
+def test_sets_that_are_no_sets(make, given):
+    with pytest.raises(ConfigError, match=given):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "given"),
+    [
+        (Lines(long(3, 74), long()), "column 74"),
+        (Phases(Axis.FRAME, long(24), shifts()), "class 24"),
+        (Phases(Axis.ROW, long(), shifts((1, 0))), "shift 0 in name space 1"),
+        (Phases(Axis.ROW, long(), shifts((0, 6))), "shift 6 in name space 0"),
+    ],
+)
+def test_sets_of_another_prompt(chosen, given):
+    tokens = uniform_video(1, 4, 6)
+    assert len(tokens) == 74
+    with pytest.raises(ConfigError, match=given):
+        check_fits(chosen, tokens)
+    check_fits(Lines(long(73), long()), tokens)
+    check_fits(Phases(Axis.ROW, long(5), shifts((0, 5))), tokens)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sglang_mm.errors import ConfigError
-from sglang_mm.patterns.chosen import BLOCK, Selection
+from sglang_mm.patterns.chosen import BLOCK, Selection, check_fits
 from sglang_mm.patterns.program.live import hide_blocks
 from sglang_mm.patterns.program.reaches import Runs, find_runs, find_visits
 from sglang_mm.patterns.program.rows import Rows, gather_rows
@@ -22,15 +22,25 @@ def compile_rows(
     """What the rows of a rank look for, whatever piece comes by. tile: rows per tile.
 
     sparse_rows: rows that a pattern makes dense are treated as the others, as the recall guard needs it.
-    Raises ConfigError for a tile size outside 1 .. 128, or a selection of blocks made with other rows.
+    Raises ConfigError for a tile size outside 1 .. 128, or a selection that does not fit the prompt or these rows.
     """
     _check(tile)
+    for unit in selection.units:
+        for panel in unit.panels:
+            check_fits(panel.chosen, rows.tokens)
     return gather_rows(selection, rows, tile, sparse_rows), *gather_shifts(selection, rows, tile, sparse_rows)
 
 
 def compile_piece(rows: Sequence[Rows], keys: Shard, *, tile: int = BLOCK) -> tuple[TileProgram, ...]:
-    """The programs of these rows over one piece of keys. tile: keys per tile, 1 .. 128."""
+    """The programs of these rows over one piece of keys. tile: keys per tile, 1 .. 128.
+
+    Raises ConfigError for a tile size outside that, or keys of another prompt.
+    """
     _check(tile)
+    for each in rows:
+        if each.shard.tokens is not keys.tokens:
+            given = f"rows of a prompt of {len(each.shard.tokens)} tokens, keys of another of {len(keys.tokens)}"
+            raise ConfigError(given, "rows and keys of one token map", "make both shards from the same map")
     return tuple(_compile(each, keys, tile) for each in rows)
 
 

@@ -3,6 +3,7 @@
 Nothing here depends on a head: a shard is made once per request and serves every layer. N tokens of the shard.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -89,10 +90,10 @@ class Shard:
         """int64, ascending: the separators of the shard."""
         return self._once("separators", lambda: self.tokens.separators[self.positions].nonzero().flatten())
 
-    def class_members(self, axis: Axis, classes: Tensor) -> list[Tensor]:
+    def class_members(self, axis: Axis, classes: Sequence[int]) -> list[Tensor]:
         """int64, ascending each: the tokens of each of the classes along `axis`."""
         order, ptr = self._once(("by class", axis), lambda: self._order_by_class(axis))
-        return [order[ptr[number] : ptr[number + 1]] for number in classes.tolist()]
+        return [order[ptr[number] : ptr[number + 1]] for number in classes]
 
     def blocks_before(self) -> Tensor:
         """int64 [blocks of the prompt + 1]: how many blocks before each one have a token of the shard."""
@@ -119,18 +120,18 @@ class Shard:
 
     def pick(self, members: Tensor, tile: int, seams: Seams = Seams.NONE) -> Tiles:
         """Tokens of the shard, int64, ascending, cut into tiles of at most `tile`, none across a seam."""
-        if seams == Seams.NONE:
+        if seams == Seams.NONE or not len(members):
             ends = torch.arange(0, len(members), tile, device=members.device)
             ptr = torch.cat([ends, ends.new_tensor([len(members)])])
         else:
             at = self.positions.index_select(0, members)
-            jumps = at.diff(prepend=at[:1]) > JUMP * tile
-            ptr = cut(at // BLOCK if seams == Seams.BLOCKS else jumps.cumsum(0), tile)
+            at, gap = (at // BLOCK, 0) if seams == Seams.BLOCKS else (at, JUMP * tile)
+            ptr = cut(at[1:] - at[:-1] > gap, tile)
         return self._tiles(members, ptr, torch.zeros_like(ptr[:-1]))
 
     def pick_lists(self, members: Tensor, tile: int, lists: Tensor) -> Tiles:
         """The same for several lists of tokens, one after another. lists: int64, ascending, the list of each member."""
-        ptr = cut(lists, tile)
+        ptr = cut(lists[1:] != lists[:-1], tile) if len(lists) else lists.new_zeros(1)
         return self._tiles(members, ptr, lists[ptr[:-1]])
 
     def by_class(self, axis: Axis, tile: int) -> Tiles:
@@ -161,18 +162,15 @@ class Shard:
         return self._made[key]
 
 
-def cut(lists: Tensor, tile: int) -> Tensor:
-    """int64 [tiles + 1]: borders of tiles of at most `tile` elements that never mix two lists.
+def cut(seams: Tensor, tile: int) -> Tensor:
+    """int64 [tiles + 1]: borders of tiles of at most `tile` elements, none across a seam.
 
-    lists: [n], equal for neighbours of one list.
+    seams: bool [n - 1], whether there is one between two of n >= 1 neighbours.
     """
-    starts = torch.cat([lists.new_zeros(1, dtype=torch.int64), (lists[1:] != lists[:-1]).nonzero().flatten() + 1])
-    if not len(lists):
-        return starts
-    lengths = torch.cat([starts[1:], starts.new_tensor([len(lists)])]) - starts
-    tiles = (lengths + tile - 1) // tile
-    borders = spread(starts, tiles) + nth(tiles) * tile
-    return torch.cat([borders, borders.new_tensor([len(lists)])])
+    ends = seams.nonzero().flatten() + 1
+    starts, ends = torch.cat([ends.new_zeros(1), ends]), torch.cat([ends, ends.new_tensor([len(seams) + 1])])
+    tiles = (ends - starts + tile - 1) // tile
+    return torch.cat([spread(starts, tiles) + nth(tiles) * tile, ends[-1:]])
 
 
 def spread(values: Tensor, counts: Tensor) -> Tensor:

@@ -31,14 +31,14 @@ class ColumnLines:
     columns: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class ClassLines:
-    """Separators, and keys of the classes (int64, ascending) along the axis, from `sink` on."""
+    """Separators, and keys of the classes along the axis, from `sink` on."""
 
     modality: Modality | None
     sink: int
     axis: Axis
-    classes: Tensor
+    classes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,6 @@ def _rank(source: Source) -> int:
 
 
 def _key(source: Source):
-    if isinstance(source, ClassLines):
-        return source.modality, source.sink, source.axis, tuple(source.classes.tolist())
     if isinstance(source, ColumnLines):
         at = source.columns  # by address: comparing contents would wait for the device
         return source.modality, source.sink, at.data_ptr(), at.stride(), len(at)

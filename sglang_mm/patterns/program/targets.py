@@ -58,7 +58,7 @@ def targets_of(group: int, tiles: Tiles, panel: Panel, is_dense: bool) -> list[T
         found.append(Target(group, ColumnLines(panel.keys, sink, chosen.columns), far, beside=True))
         found.append(Target(group, raw, far, blocks=_diagonal_blocks(tiles, chosen.diagonals)))
     elif isinstance(pattern, Grid):
-        lines = chosen.classes if pattern.vertical else chosen.classes[:0]
+        lines = tuple(chosen.classes.tolist()) if pattern.vertical else ()
         found.append(Target(group, ClassLines(panel.keys, sink, chosen.axis, lines), far))
     return found
 

@@ -43,7 +43,7 @@ def beyond_window(held: Held, masses: Masses, wants: Sequence[Want]) -> Tensor:
 def _columns(held: Held, masses: Masses, wants: Sequence[Want]) -> list[Tensor]:
     """Each rank sends its heaviest, as rank keys, and all take the heaviest of these."""
     most = torch.tensor([want.pattern.vertical for want in wants], device=held.device)
-    sent = int(most.max())
+    sent = min(int(most.max()), held.chunk.stop)  # there are no more keys, on all ranks together
     mass_NK = masses.columns[[want.unit for want in wants]]
     mass_NK = mass_NK.masked_fill(~(candidates(held, wants) & beyond_window(held, masses, wants)), 0)
     own_NK = rank_key(mass_NK, held.pos_k).topk(min(sent, len(held.pos_k)), dim=1).values

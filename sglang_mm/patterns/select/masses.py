@@ -6,7 +6,7 @@ The probe's rows are consecutive and at most 64, so the 64 x K distances to a ke
     bin             0        |     1                `early` is the mass of the first part, `columns` that of both
 
 so that two numbers per key hold the masses of columns, of classes, and of distances, for any choice of keys.
-U units, W wants, R probe rows, K keys of this rank, Z slots as in probe.py, C classes.
+U units, R probe rows, K keys of this rank, Z slots as in probe.py, C classes.
 """
 
 from collections.abc import Sequence
@@ -59,49 +59,86 @@ def measure_masses(held: Held, probe: Probe, units: Sequence[Heads], wants: Sequ
     lse_ZR1 = probe.lse_HR[slots.heads].unsqueeze(-1)
     columns = lse_ZR1.new_zeros(len(units), len(held.k_KGD))
     early = torch.zeros_like(columns)
-    counters = _shift_counters(held, probe, wants)
+    counter = _shift_counter(held, probe, wants)
     row_R1 = torch.arange(len(probe.rows), device=held.device)[:, None]
     for keys, scores_ZRK in score_tiles(held, probe.q_RHD, probe.rows, slots):
         p_ZRK = scores_ZRK.sub_(lse_ZR1).exp_()
         columns[:, keys] = slots.per_unit(p_ZRK.sum(1))
-        if counters:
-            p_URK = slots.per_unit(p_ZRK)
-            for counter in counters:
-                counter.add(p_URK, held.pos_k[keys])
+        if counter:
+            counter.add(slots.per_unit(p_ZRK), held.pos_k[keys])
         into_bin_K = (probe.rows.start - held.pos_k[keys]) % BIN
         early[:, keys] = slots.per_unit(p_ZRK.mul_(row_R1 < BIN - into_bin_K).sum(1))
-    shifts = {(want, each.axis): mass_C for each in counters for want, mass_C in zip(each.wants, each.mass_WC)}
-    return Masses(probe, columns, early, shifts)
+    return Masses(probe, columns, early, counter.shifts() if counter else {})
 
 
 class _ShiftCounter:
-    """Mass by difference of classes along one axis, for each of W wants."""
+    """Mass by probe row and class of the key, for each of N different choices of pairs: int64 [N, R, C + 1].
 
-    def __init__(self, axis: Axis, held: Held, probe: Probe, wants: Sequence[Want]):
-        self.axis, self.wants = axis, wants
-        self._classes, self._item = held.tokens.classes(axis), held.tokens.item
-        self._rows_R1 = probe.positions[:, None]
-        numbers = [(want.unit, want.pattern.sink, want.pattern.window) for want in wants]
-        self._unit_W, sink_W, window_W = torch.tensor(numbers, device=held.device).T
-        self._sink, self._window = sink_W.view(-1, 1, 1), window_W.view(-1, 1, 1)
-        self.mass_WC = torch.zeros(len(wants), len(self._classes), dtype=torch.int64, device=held.device)
+    C: the frame axis' classes in the name spaces of the probe's rows; the last column is of keys that have none of
+    these. A column's class along the row axis follows from that along the frame axis. A row's differences are its
+    columns turned by its own class, so that this is done once for each row, and not for each key.
+    """
+
+    def __init__(self, held: Held, probe: Probe, wants: Sequence[Want]):
+        self._wants, self._tokens, self._rows = wants, held.tokens, probe.positions
+        frame = held.tokens.classes(Axis.FRAME)
+        spaces_C = frame.spaces.to(held.device)
+        row_R = frame.of_token[self._rows].long()
+        is_near_C = torch.isin(spaces_C, spaces_C[row_R[row_R >= 0]])
+        self._near = is_near_C.nonzero().flatten()
+        columns_C = torch.where(is_near_C, is_near_C.cumsum(0) - 1, len(self._near))
+        self._column_of = torch.nn.functional.pad(columns_C, (0, 1), value=len(self._near))  # its end is for class -1
+        self._numbers = {number: place for place, number in enumerate(dict.fromkeys(map(_pairs_of, wants)))}
+        unseen = list(dict.fromkeys(number[1:] for number in self._numbers))
+        order = [(number[0], unseen.index(number[1:])) for number in self._numbers]
+        self._unit_N, self._unseen_N = torch.tensor(order, device=held.device).T
+        self._sink, self._window = torch.tensor(unseen, device=held.device).T[:, :, None, None]
+        self._mass_NRC = row_R.new_zeros(len(order), len(row_R), len(self._near) + 1)
 
     def add(self, p_URK: Tensor, pos_K: Tensor) -> None:
-        row_R1, key_K = self._classes.of_token[self._rows_R1].long(), self._classes.of_token[pos_K].long()
-        in_item_RK = (row_R1 >= 0) & (key_K >= 0) & (self._item[self._rows_R1] == self._item[pos_K])
-        unseen_WRK = (self._rows_R1 - pos_K >= self._window) & (pos_K >= self._sink) & in_item_RK
-        mass_WX = fixed(p_URK[self._unit_W] * unseen_WRK).flatten(1)
-        starts = torch.tensor(self._classes.starts, device=pos_K.device)
-        space_R1 = self._classes.spaces.to(pos_K.device)[row_R1.clamp(min=0)]
-        difference_RK = (row_R1 - key_K) % (starts[space_R1 + 1] - starts[space_R1])
-        index_X = (starts[space_R1] + difference_RK).flatten()
-        self.mass_WC.scatter_add_(1, index_X.expand(len(mass_WX), -1), mass_WX)
+        row_R1 = self._rows[:, None]
+        in_item_RK = (self._tokens.place[row_R1] >= 0) & (self._tokens.item[row_R1] == self._tokens.item[pos_K])
+        unseen_XRK = (row_R1 - pos_K >= self._window) & (pos_K >= self._sink) & in_item_RK
+        mass_NRK = fixed(p_URK[self._unit_N] * unseen_XRK[self._unseen_N])
+        column_K = self._column_of[self._tokens.classes(Axis.FRAME).of_token[pos_K].long()]
+        self._mass_NRC.scatter_add_(2, column_K.expand_as(mass_NRK), mass_NRK)
+
+    def shifts(self) -> dict[tuple[Want, Axis], Tensor]:
+        by_axis = {axis: self._by_difference(axis) for axis in Axis}
+        return {
+            (want, axis): by_axis[axis][self._numbers[_pairs_of(want)]]
+            for want in self._wants
+            for axis in Axis
+            if want.pattern.axis in (axis, "auto")
+        }
+
+    def _by_difference(self, axis: Axis) -> Tensor:
+        """int64 [N, classes along the axis]."""
+        classes = self._tokens.classes(axis)
+        starts = torch.tensor(classes.starts, device=self._rows.device)
+        row_R1 = classes.of_token[self._rows].long().clamp(min=0)[:, None]  # one off the grid has no mass
+        space_R1 = classes.spaces.to(self._rows.device)[row_R1]
+        difference_RC = (row_R1 - self._near_along(axis)) % (starts[space_R1 + 1] - starts[space_R1])
+        index_X = (starts[space_R1] + difference_RC).flatten()
+        mass_NX = self._mass_NRC[..., :-1].flatten(1)
+        return mass_NX.new_zeros(len(mass_NX), len(classes)).scatter_add_(1, index_X.expand_as(mass_NX), mass_NX)
+
+    def _near_along(self, axis: Axis) -> Tensor:
+        """int64 [C]: the columns' classes along the axis."""
+        frame_S, class_S = (self._tokens.classes(each).of_token for each in (Axis.FRAME, axis))
+        is_place_S = frame_S >= 0
+        class_of = class_S.new_zeros(len(self._tokens.classes(Axis.FRAME)))
+        class_of[frame_S[is_place_S].long()] = class_S[is_place_S]
+        return class_of[self._near].long()
 
 
-def _shift_counters(held: Held, probe: Probe, wants: Sequence[Want]) -> list[_ShiftCounter]:
-    """One per axis that a grid with class differences may take; none where no probe row is a place of a frame."""
+def _pairs_of(want: Want) -> tuple[int, int, int]:
+    """What decides which pairs of places a want counts."""
+    return want.unit, want.pattern.sink, want.pattern.window
+
+
+def _shift_counter(held: Held, probe: Probe, wants: Sequence[Want]) -> _ShiftCounter | None:
+    """None where no grid takes class differences, or no probe row is a place of a frame."""
     grids = [want for want in wants if isinstance(want.pattern, Grid) and want.pattern.slash]
-    if not grids or not bool((held.tokens.place[probe.rows.start : probe.rows.stop] >= 0).any()):
-        return []
-    by_axis = {axis: [want for want in grids if want.pattern.axis in (axis, "auto")] for axis in Axis}
-    return [_ShiftCounter(axis, held, probe, chosen) for axis, chosen in by_axis.items() if chosen]
+    has_places = bool((held.tokens.place[probe.rows.start : probe.rows.stop] >= 0).any())
+    return _ShiftCounter(held, probe, grids) if grids and has_places else None

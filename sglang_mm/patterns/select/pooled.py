@@ -10,7 +10,6 @@ B row blocks, E key blocks, H query heads, G K/V heads, D head dim, U units, Z s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -34,6 +33,9 @@ class _Pool:
     mean: Tensor
     counts: Tensor
 
+    def until(self, stop: int) -> "_Pool":
+        return _Pool(self.blocks[:stop], self.mean[:stop], self.counts[:stop])
+
 
 def choose_blocks(held: Held, probe: Probe, units: Sequence[Heads], wants: Sequence[Want]) -> list[BlockSet]:
     """Per want the blocks for this rank's rows of the probe's modality, and for the probe's.
@@ -46,8 +48,9 @@ def choose_blocks(held: Held, probe: Probe, units: Sequence[Heads], wants: Seque
     for modality in dict.fromkeys(want.keys for want in wants):
         numbers = [number for number, want in enumerate(wants) if want.keys == modality]
         keys = _pool_keys(held, modality)
-        for number, chosen in zip(numbers, _listed(held, units, [wants[n] for n in numbers], (shared, own), keys)):
-            found[number] = _set_of(chosen, listed_B, len(keys.counts))
+        parts = _listed(held, units, [wants[n] for n in numbers], (shared, own), keys, listed_B)
+        for number, (counts_B, key_blocks) in zip(numbers, parts):
+            found[number] = _merge(listed_B, torch.isin(listed_B, shared.blocks), counts_B, key_blocks)
     return found
 
 
@@ -107,26 +110,42 @@ def _mean(blocks: Tensor, sums: Tensor, counts: Tensor) -> _Pool:
 
 
 def _listed(
-    held: Held, units: Sequence[Heads], wants: Sequence[Want], rows: Sequence[_Pool], keys: _Pool
-) -> list[Tensor]:
-    """Per want int64 [n], ascending: row block * key blocks + key block."""
+    held: Held, units: Sequence[Heads], wants: Sequence[Want], rows: Sequence[_Pool], keys: _Pool, listed_B: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Per want int64 [B], how many key blocks each block of listed_B takes, and these, int32 [n], in order of `rows`.
+
+    Where all heads keep most blocks, these lists are by far the largest thing that a choice makes: hence int32, and no
+    sort of what is in order already.
+    """
     scored = sorted({want.unit for want in wants})
     slots = make_slots([units[number] for number in scored], held)
     unit_W = torch.tensor([scored.index(want.unit) for want in wants], device=held.device)
     threshold_W = torch.tensor([want.pattern.threshold for want in wants], device=held.device, dtype=held.dtype)
-    found, table = [], len(keys.blocks) ** 2
+    counts_WB = torch.zeros(len(wants), len(keys.blocks), dtype=torch.int64, device=held.device)
+    is_listed_B = torch.zeros_like(counts_WB[0], dtype=torch.bool).index_fill_(0, listed_B, True)
+    found = []
     for pool in rows:
         at_once = max(1, scores_at_once(held) // (len(slots) * len(keys.blocks)))
         for blocks, mean in zip(pool.blocks.split(at_once), pool.mean.split(at_once)):
-            p_UBE = slots.per_unit(_attention(held, slots, blocks, mean, keys)) / slots.weights.sum(1)[:, None, None]
+            before = keys.until(int(blocks[-1]) + 1 if len(blocks) else 1)
+            p_UBE = slots.per_unit(_attention(held, slots, blocks, mean, before)) / slots.weights.sum(1)[:, None, None]
             is_kept_WBE = _smallest_sets(p_UBE[unit_W], threshold_W)
             is_kept_WBE[..., 0] = True
             is_kept_WBE.scatter_(2, blocks[None, :, None].expand(len(wants), -1, 1), True)
-            want, row, key = is_kept_WBE.nonzero().unbind(1)
-            found.append(want * table + blocks[row] * len(keys.blocks) + key)
-    codes = torch.cat(found).sort().values
-    ends = torch.searchsorted(codes, torch.arange(len(wants) + 1, device=held.device) * table).tolist()
-    return [codes[first:stop] % table for first, stop in pairwise(ends)]
+            is_kept_WBE &= is_listed_B[blocks, None]
+            counts_WB[:, blocks] = is_kept_WBE.sum(2)
+            kept = is_kept_WBE.flatten().nonzero().flatten().remainder_(len(before.blocks)).int()
+            found.append(kept.split(is_kept_WBE.flatten(1).sum(1).tolist()))
+    return [(counts_B, torch.cat(parts)) for counts_B, parts in zip(counts_WB[:, listed_B], zip(*found))]
+
+
+def _merge(row_blocks: Tensor, is_shared_B: Tensor, counts_B: Tensor, key_blocks: Tensor) -> BlockSet:
+    """key_blocks: those of the shared row blocks, then those of the others."""
+    is_shared = is_shared_B.repeat_interleave(counts_B)
+    merged = torch.empty(len(key_blocks), dtype=torch.int64, device=key_blocks.device)
+    of_shared, of_others = key_blocks.tensor_split([int(counts_B[is_shared_B].sum())])
+    merged.masked_scatter_(is_shared, of_shared.long()).masked_scatter_(~is_shared, of_others.long())
+    return BlockSet(row_blocks, torch.nn.functional.pad(counts_B.cumsum(0), (1, 0)), merged)
 
 
 def _attention(held: Held, slots: Slots, blocks_B: Tensor, mean_BHD: Tensor, keys: _Pool) -> Tensor:
@@ -145,12 +164,3 @@ def _smallest_sets(p_WBE: Tensor, threshold_W: Tensor) -> Tensor:
     before = falling.cumsum(2) - falling
     threshold = threshold_W[:, None, None].masked_fill(threshold_W[:, None, None] >= 1, float("inf"))
     return torch.zeros_like(p_WBE, dtype=torch.bool).scatter_(2, order, (before < threshold) & (falling > 0))
-
-
-def _set_of(code: Tensor, row_blocks: Tensor, key_blocks: int) -> BlockSet:
-    """code: ascending, with row blocks that another rank needs and this one does not."""
-    row = code // key_blocks
-    is_listed = torch.isin(row, row_blocks)
-    counts = torch.bincount(torch.searchsorted(row_blocks, row[is_listed]), minlength=len(row_blocks))
-    ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    return BlockSet(row_blocks, ptr, code[is_listed] % key_blocks)
