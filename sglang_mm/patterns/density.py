@@ -182,15 +182,16 @@ def _before(chosen_S: Tensor) -> Tensor:
 
 def _of_classes(tokens: TokenMap, chosen: Phases) -> Tensor:
     """int64 [C]: tokens of a chosen class."""
-    order_S = _once(tokens, ("by class", chosen.axis), lambda: tokens.classes(chosen.axis).of_token.argsort())
-    counts = tokens.classes(chosen.axis).counts.tolist()
-    starts = _once(tokens, ("class starts", chosen.axis), lambda: _starts(len(tokens) - sum(counts), counts))
+    classes = tokens.classes(chosen.axis)
+    order_S = _once(tokens, ("by class", chosen.axis), lambda: classes.of_token.argsort())
+    starts = _once(tokens, ("class starts", chosen.axis), lambda: _starts(classes.counts, len(tokens)))
     found = [order_S[starts[each] : starts[each + 1]] for each in chosen.classes.tolist()]
     return torch.cat([order_S[:0], *found])
 
 
-def _starts(first: int, counts: list[int]) -> list[int]:
-    return (torch.tensor([0, *counts]).cumsum(0) + first).tolist()
+def _starts(counts: Tensor, tokens: int) -> list[int]:
+    """Where each class starts behind the tokens without one."""
+    return (_before(counts) + tokens - counts.sum()).tolist()
 
 
 def _split(pattern: Pattern, chosen: Chosen, counted: _Counted) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,19 @@ def test_blocks_chosen_for_no_rows_are_refused():
         compile_rows(Selection((single(Blocks(), empty),), 1), Shard(TOKENS, EVERYWHERE))
 
 
+def test_a_selection_for_another_prompt_is_refused():
+    selection = Selection((single(VerticalSlash(), Lines(torch.tensor([3, 300]), NONE)),), 1)
+    with pytest.raises(ConfigError, match=r"column 300.*below 300.*select for this prompt"):
+        compile_rows(selection, Shard(TOKENS, EVERYWHERE[:10]))
+
+
+def test_keys_of_another_prompt_are_refused():
+    """Also of one that is as long."""
+    rows = compile_rows(Selection((single(Dense()),), 1), Shard(TOKENS, EVERYWHERE))
+    with pytest.raises(ConfigError, match="one token map"):
+        compile_piece(rows, Shard(token_maps.text_only(300), EVERYWHERE))
+
+
 @pytest.mark.parametrize("tile", [-1, 0, 129])
 def test_tile_sizes_out_of_range_are_refused(tile):
     shard = Shard(TOKENS, EVERYWHERE)

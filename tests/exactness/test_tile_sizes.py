@@ -24,7 +24,7 @@ def every_pattern() -> Layer:
     tokens = token_maps.tiny_mixed()
     lines = Lines(torch.arange(7, 500, 11), torch.tensor([0, 2]))
     blocks = BlockSet(torch.arange(4), torch.tensor([0, 1, 3, 5, 8]), torch.tensor([0, 0, 1, 0, 2, 0, 1, 3]))
-    phases = Phases(Axis.FRAME, torch.tensor([2, 20, 40]), torch.tensor([[0, 3], [2, 1], [2, 34]]))
+    phases = Phases(Axis.FRAME, torch.tensor([2, 20, 40]), torch.tensor([[0, 3], [1, 1], [1, 34]]))
     columns = Phases(Axis.ROW, torch.tensor([1, 6]), torch.tensor([[0, 1], [2, 3]]))
     pairs = [Panel(rows, keys, VerticalSlash(sink=3, window=9), lines) for rows in Modality for keys in Modality]
     pairs[0] = Panel(TEXT, TEXT, AShape(7, 20), Nothing())
@@ -60,3 +60,12 @@ def test_values_do_not_depend_on_tile_sizes(tiles):
     layer = replace(every_pattern(), row_tile=tiles[0], key_tile=tiles[1])
     qkv = layer.random_qkv()
     assert_exact(layer.attend(*qkv), *qkv, layer.seen_by_head(), layer.merges)
+
+
+def test_rows_that_a_pattern_makes_dense_taken_as_sparse():
+    """As the recall guard runs them: last rows, horizontal lines, text tail."""
+    layer = every_pattern()
+    sparse = replace(layer, sparse_rows=True)
+    changed = [not torch.equal(*masks) for masks in zip(layer.masks, sparse.masks)]
+    assert changed == [False, False, True, False, True, True, False, True]
+    assert torch.equal(sparse.times_shown(), sparse.masks.byte())

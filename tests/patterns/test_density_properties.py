@@ -20,6 +20,8 @@ def test_pairs_are_the_masks_sum(data, tokens, pattern):
     if keys is not None:
         seen_SS &= (tokens.modality == keys)[None, :]
     assert pairs(pattern, tokens, chosen, rows, keys) == int(seen_SS.sum())
+    first, last = sorted(data.draw(st.tuples(*[st.integers(0, len(tokens) - 1)] * 2)))
+    assert pairs(pattern, tokens, chosen, rows, keys, range(first, last + 1)) == int(seen_SS[first : last + 1].sum())
 
 
 @settings(deadline=None, max_examples=60)

@@ -1,4 +1,7 @@
-"""Masses per key, distance and class difference against the whole table of probabilities; and no such table is made."""
+"""Masses per key, distance and class difference against the whole table of probabilities.
+
+And no such table is made, nor any other that is larger than what the choice is about.
+"""
 
 from functools import partial
 
@@ -6,9 +9,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sglang_mm.patterns.catalog import Grid
+from sglang_mm.patterns.catalog import Blocks, Grid, VerticalSlash
 from sglang_mm.patterns.select.held import Held
+from sglang_mm.patterns.select.lines import choose_lines
 from sglang_mm.patterns.select.masses import FIXED_POINT, Want, fixed, measure_masses
+from sglang_mm.patterns.select.pooled import choose_blocks
 from sglang_mm.patterns.select.probe import SCORES, take_probe
 from sglang_mm.types import Axis, Modality
 from tests.patterns.maps import Media, Text, token_map
@@ -72,6 +77,53 @@ def test_class_differences_are_the_tables_sums_and_sums_over_ranks(axis):
             torch.testing.assert_close(total, expected, rtol=0, atol=64 * 400 / FIXED_POINT)
 
 
+PICTURES = token_map(Text(9), Media(1, 5, 7), Media(3, 4, 6), Media(1, 3, 5), Text(4), Media(1, 2, 8, newline=True))
+
+
+@pytest.mark.parametrize("scores_at_once", [1 << 20, 6 * 64 * 10])
+@pytest.mark.parametrize("sink, window", [(0, 1), (20, 1), (0, 33), (95, 12)])
+def test_class_differences_of_rows_of_several_items(sink, window, scores_at_once, monkeypatch):
+    """Rows of a video, a picture, text and a picture with newlines; none of the first picture, nor of its size."""
+    monkeypatch.setitem(SCORES, "cpu", scores_at_once)
+    q, k = random(PICTURES)
+    held = hold(q, k, PICTURES, 0.5)
+    probe = take_probe(held, None, UNITS)
+    items = PICTURES.item[probe.rows.start : probe.rows.stop].unique().tolist()
+    assert items == [-1, 1, 2, 3]
+    wants = [Want(unit, None, Grid(slash=1, sink=sink, window=window)) for unit in range(3)]
+    shifts = measure_masses(held, probe, UNITS, wants).shifts
+    p_HRS = probabilities(q, k, probe.rows, 0.5)
+    for want in wants:
+        p_RS = p_HRS[list(UNITS[want.unit])].sum(0)
+        for axis in Axis:
+            expected = by_difference(p_RS, probe.rows, PICTURES, PICTURES.classes(axis), sink, window)
+            assert expected.sum() > 0.01
+            total = shifts[want, axis].double() / FIXED_POINT
+            torch.testing.assert_close(total, expected, rtol=0, atol=64 * 100 / FIXED_POINT)
+
+
+class _Scattered(TorchDispatchMode):
+    """How many numbers were added one by one to sums of masses."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.scatter_add_.default:
+            self.elements += args[3].numel()
+        return function(*args, **(kwargs or {}))
+
+
+def test_each_pair_is_added_once_for_both_axes_and_all_grids_that_count_alike():
+    q, k = random()
+    held = hold(q, k, TOKENS, 0.5)
+    probe = take_probe(held, Modality.VIDEO, UNITS)
+    wants = [Want(0, keys, Grid(slash=slash)) for keys in (None, Modality.VIDEO) for slash in (1, 2, 3)]
+    with _Scattered() as scattered:
+        shifts = measure_masses(held, probe, UNITS, wants).shifts
+    turned = 2 * len(probe.rows) * 24  # per axis and row its item's classes, once
+    assert len(shifts) == 12 and scattered.elements <= len(probe.rows) * len(TOKENS) + turned
+
+
 def test_rows_of_text_have_no_class_differences():
     q, k = random()
     held = hold(q, k, TOKENS, 0.5)
@@ -88,14 +140,15 @@ def test_fixed_point_sums_are_exact_in_any_order():
 
 
 class _Largest(TorchDispatchMode):
-    """The most elements that any tensor had."""
+    """The most elements that any tensor had, and the most bytes."""
 
-    elements = 0
+    elements, bytes = 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for each in result if isinstance(result, tuple | list) else [result]:
             if isinstance(each, torch.Tensor):
+                self.bytes = max(self.bytes, each.untyped_storage().nbytes())
                 self.elements = max(self.elements, each.untyped_storage().nbytes() // each.element_size())
         return result
 
@@ -110,6 +163,38 @@ def test_no_table_of_rows_and_keys_is_made():
         probe = take_probe(held, Modality.VIDEO, units)
         measure_masses(held, probe, units, [Want(0, None, Grid(slash=1))])
     assert largest.elements <= SCORES["cpu"] < 16 * 64 * len(tokens) / 4
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_more_columns_than_keys_are_no_more_work_than_all_of_them(ranks):
+    q, k = random(dim=4)
+    wants = [Want(0, None, VerticalSlash(vertical=vertical, slash=0, sink=0, window=1)) for vertical in (10**6, 5)]
+
+    def columns(q, k, rows, keys, peers):
+        held = Held(q, k, rows, keys, 0.5, peers, range(len(TOKENS)))
+        masses = measure_masses(held, take_probe(held, None, UNITS), UNITS, wants)
+        with _Largest() as largest:
+            lines = choose_lines(held, masses, wants)
+        return [each.columns.tolist() for each in lines], largest.elements
+
+    for (every, five), elements in spread(columns, q, k, TOKENS, random_shards(len(TOKENS), ranks)):
+        assert every == list(range(len(TOKENS) - 1)) and len(five) == 5
+        assert elements < 10_000
+
+
+def test_lists_of_all_blocks_are_never_in_one_table():
+    """128 x 129 / 2 blocks for each of eight choices: at most one choice's list is made at a time."""
+    tokens = token_map(Text(128 * 128))
+    q, k = torch.zeros(len(tokens), 1, 1), torch.zeros(len(tokens), 1, 1)
+    held = hold(q, k, tokens)
+    probe = take_probe(held, None, [(0,)])
+    wants = [Want(0, None, Blocks(1 - number / 1000)) for number in range(8)]
+    with pytest.MonkeyPatch.context() as patch, _Largest() as largest:
+        patch.setitem(SCORES, "cpu", 1 << 10)
+        blocks = choose_blocks(held, probe, [(0,)], wants)
+    assert len(blocks[0].key_blocks) == 128 * 129 // 2
+    kept = sum(len(each.key_blocks) for each in blocks)
+    assert kept > 7 * 128 * 129 // 2 and largest.bytes < 8 * kept / 3
 
 
 def test_control_the_largest_tensor_is_noticed():

@@ -45,9 +45,9 @@ def test_every_chunk_has_a_recall_of_its_own():
             each for each in selection.units[0].panels if each.rows == Modality.VIDEO
         ).chosen.classes.tolist() == [7]
         listed = selection.units[1].panels[0]
-        if isinstance(listed.pattern, Blocks):
-            assert listed.chosen.row_blocks.tolist() == list(range(chunk.start // 128, (chunk.stop - 1) // 128 + 1))
-            assert int(listed.chosen.key_blocks.max()) <= (chunk.stop - 1) // 128
+        assert isinstance(listed.pattern, Blocks)
+        assert listed.chosen.row_blocks.tolist() == list(range(chunk.start // 128, (chunk.stop - 1) // 128 + 1))
+        assert int(listed.chosen.key_blocks.max()) <= (chunk.stop - 1) // 128
 
 
 def test_class_masses_are_the_sums_over_chunks():

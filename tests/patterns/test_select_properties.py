@@ -33,7 +33,7 @@ def check(function, tokens, ranks, theta):
         if verdict.is_sparse:
             rows = probe_range(tokens, verdict.rows, range(len(tokens)))
             true = recall(probabilities(q, k, rows), rows, unit, tokens)
-            assert verdict.recall == pytest.approx(true, abs=1e-12) and verdict.recall >= theta
+            assert verdict.recall == pytest.approx(true, abs=1e-12) and verdict.recall >= theta - 1e-12
     for other, told in spread(function, q, k, tokens, random_shards(len(tokens), ranks, seed=1)):
         assert other.digest() == selection.digest()
         assert told.densities == pytest.approx(report.densities)
@@ -45,7 +45,7 @@ def select_here(plans, theta, q, k, rows, keys, peers):
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.data(), maps, st.integers(1, 4), st.sampled_from([0.1, 0.6, 0.95]))
+@given(st.data(), maps, st.integers(1, 4), st.sampled_from([0.1, 0.6, 0.95, 1.0]))
 def test_planned(data, tokens, ranks, theta):
     plans = [data.draw(head_plans) for _ in UNITS]
     check(partial(select_here, plans, theta), tokens, ranks, theta)
@@ -56,6 +56,6 @@ def auto_here(theta, q, k, rows, keys, peers):
 
 
 @settings(deadline=None, max_examples=15)
-@given(maps, st.integers(1, 4), st.sampled_from([0.1, 0.95]))
+@given(maps, st.integers(1, 4), st.sampled_from([0.1, 0.95, 1.0]))
 def test_auto(tokens, ranks, theta):
     check(partial(auto_here, theta), tokens, ranks, theta)

@@ -76,13 +76,13 @@ def _decide(draft: Draft, rows: Modality, candidates: Sequence[Pattern]) -> None
         tried = {unit: next(sets) for unit in units}
         for unit, recall in draft.recalls(probe, tried).items():
             trials[unit] += (Trial(patterns_of(tried[unit]), recall),)
-            if recall >= draft.theta:
+            if draft.is_enough(probe, unit, recall):
                 passed[unit].append((tried[unit], recall))
     cost = iter(draft.shares([panels for each in passed for panels, _ in each]))
     for unit in units:
         costs = [next(cost) for _ in passed[unit]]
         if not costs:
-            draft.keep_dense(unit, rows, trials[unit], f"dense: recall below {draft.theta:g}")
+            draft.keep_dense(unit, rows, trials[unit], draft.why_dense(probe, unit))
         elif min(costs) > LARGEST_SHARE:
             draft.keep_dense(unit, rows, trials[unit], NOT_CHEAPER)
         else:

@@ -1,51 +1,47 @@
-"""What panels cost: the share of their causal pairs that they compute, over the whole prompt and all ranks."""
+"""What panels cost: the pairs they compute over the causal ones, for the rows of the chunk, over all ranks.
 
-from collections.abc import Sequence
+Rows before the chunk were computed before, and rows after it will be priced with their own chunk.
+"""
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from sglang_mm.patterns.catalog import Dense
-from sglang_mm.patterns.chosen import BLOCK, BlockSet, Nothing, Panel
-from sglang_mm.patterns.density import pairs
+from sglang_mm.patterns.chosen import BLOCK, BlockSet, Panel
+from sglang_mm.patterns.density import causal_pairs, pairs
 from sglang_mm.patterns.select.held import Held
-from sglang_mm.types import Modality
+from sglang_mm.types import TokenMap
+
+BlockPairs = Mapping[Panel, int]
+"""Pairs computed by panels of blocks, on all ranks together: no rank could count them alone."""
 
 
-def shares(held: Held, panels: Sequence[Panel]) -> list[float]:
-    """Per panel pairs computed over causal pairs; 1 for a panel without any. The same on all ranks.
-
-    Blocks are known for the rows of the chunk alone, and to the ranks that hold these rows: their share is that of the
-    row blocks listed, each counted by the first rank that lists it.
-    """
-    made: dict = {}
-
-    def once(panel: Panel) -> int:
-        key = panel.pattern, panel.rows, panel.keys
-        if not isinstance(panel.chosen, Nothing):
-            return pairs(panel.pattern, held.tokens, panel.chosen, panel.rows, panel.keys)
-        if key not in made:
-            made[key] = pairs(panel.pattern, held.tokens, panel.chosen, panel.rows, panel.keys)
-        return made[key]
-
-    counts = [(0, 0)] * len(panels)
-    in_blocks = [n for n, panel in enumerate(panels) if isinstance(panel.chosen, BlockSet)]
-    for number, count in zip(in_blocks, _pairs_in_blocks(held, [panels[n] for n in in_blocks])):
-        counts[number] = count
-    for number, panel in enumerate(panels):
-        if number not in in_blocks:
-            counts[number] = once(panel), once(Panel(panel.rows, panel.keys, Dense(), Nothing()))
-    return [seen / causal if causal else 1.0 for seen, causal in counts]
+def share(held: Held, panel: Panel, in_blocks: BlockPairs) -> float:
+    """Pairs computed over causal pairs; 1 for a panel without any. The same on all ranks."""
+    causal = causal_pairs(held.tokens, panel.rows, panel.keys, held.chunk)
+    return computed(held.tokens, held.chunk, panel, in_blocks) / causal if causal else 1.0
 
 
-def causal_pairs(held: Held, panel: Panel) -> int:
-    return pairs(Dense(), held.tokens, Nothing(), panel.rows, panel.keys)
+def densities(
+    tokens: TokenMap, chunk: range, panels_of_units: Sequence[Sequence[Panel]], in_blocks: BlockPairs
+) -> tuple[float, ...]:
+    """Per unit the pairs of its panels over the causal pairs of all the chunk's rows."""
+    causal = causal_pairs(tokens, within=chunk)
+    return tuple(
+        sum(computed(tokens, chunk, panel, in_blocks) for panel in panels) / causal for panels in panels_of_units
+    )
 
 
-def _pairs_in_blocks(held: Held, panels: Sequence[Panel]) -> list[tuple[int, int]]:
-    """(pairs in the blocks, causal pairs of the row blocks listed) over all ranks."""
-    if not panels:
-        return []
+def computed(tokens: TokenMap, chunk: range, panel: Panel, in_blocks: BlockPairs) -> int:
+    if panel in in_blocks:
+        return in_blocks[panel]
+    return pairs(panel.pattern, tokens, panel.chosen, panel.rows, panel.keys, chunk)
+
+
+def pairs_in_blocks(held: Held, panels: Sequence[Panel]) -> dict[Panel, int]:
+    """For the panels of blocks among these. Each row block is counted by the first rank that lists it; a collective."""
+    panels = [panel for panel in panels if isinstance(panel.chosen, BlockSet)]
     first_lister = {}
     for rows in dict.fromkeys(panel.rows for panel in panels):
         listed = next(panel.chosen.row_blocks for panel in panels if panel.rows == rows)
@@ -55,9 +51,8 @@ def _pairs_in_blocks(held: Held, panels: Sequence[Panel]) -> list[tuple[int, int
     counts = []
     for panel in panels:
         own = _only(panel.chosen, first_lister[panel.rows][panel.chosen.row_blocks] == held.peers.rank)
-        seen = pairs(panel.pattern, held.tokens, own, panel.rows, panel.keys)
-        counts.append([seen, _causal_pairs_of(held, own.row_blocks, panel)])
-    return [tuple(pair) for pair in held.peers.sum(torch.tensor(counts, device=held.device)).tolist()]
+        counts.append(pairs(panel.pattern, held.tokens, own, panel.rows, panel.keys, held.chunk))
+    return dict(zip(panels, held.peers.sum(torch.tensor(counts, device=held.device)).tolist())) if panels else {}
 
 
 def _only(chosen: BlockSet, is_kept: Tensor) -> BlockSet:
@@ -65,15 +60,3 @@ def _only(chosen: BlockSet, is_kept: Tensor) -> BlockSet:
     counts = chosen.ptr.diff()
     ptr = torch.nn.functional.pad(counts[is_kept].cumsum(0), (1, 0))
     return BlockSet(chosen.row_blocks[is_kept], ptr, chosen.key_blocks[is_kept.repeat_interleave(counts)])
-
-
-def _causal_pairs_of(held: Held, row_blocks: Tensor, panel: Panel) -> int:
-    keys_until_S = _of(held, panel.keys).long().cumsum(0)
-    position_S = torch.arange(len(keys_until_S), device=held.device)
-    return int(keys_until_S[_of(held, panel.rows) & torch.isin(position_S // BLOCK, row_blocks)].sum())
-
-
-def _of(held: Held, modality: Modality | None) -> Tensor:
-    if modality is None:
-        return torch.ones_like(held.tokens.modality, dtype=torch.bool)
-    return held.tokens.modality == modality

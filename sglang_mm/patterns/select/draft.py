@@ -5,6 +5,8 @@ Both kinds of selection, from a plan and without one, are loops around a draft. 
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
+from math import isnan
 
 from torch import Tensor
 
@@ -12,13 +14,14 @@ from sglang_mm.errors import ConfigError
 from sglang_mm.patterns.catalog import Dense
 from sglang_mm.patterns.chosen import Nothing, Panel, Selection, Unit
 from sglang_mm.patterns.program import Shard
+from sglang_mm.patterns.select.agree import check_agreement
 from sglang_mm.patterns.select.choose import ClassMasses, choose
-from sglang_mm.patterns.select.cost import causal_pairs, shares
-from sglang_mm.patterns.select.held import Heads, Held
+from sglang_mm.patterns.select.cost import densities, pairs_in_blocks, share
+from sglang_mm.patterns.select.held import Heads, Held, check_units
 from sglang_mm.patterns.select.masses import Want
 from sglang_mm.patterns.select.peers import Alone, Peers
 from sglang_mm.patterns.select.probe import Probe, take_probe
-from sglang_mm.patterns.select.recall import measure_recall
+from sglang_mm.patterns.select.recall import measure_recall, rounding
 from sglang_mm.patterns.select.report import Patterns, Report, Trial, Verdict
 from sglang_mm.types import Modality
 
@@ -26,6 +29,8 @@ log = logging.getLogger(__name__)
 THETA = 0.9
 LARGEST_SHARE = 0.75
 """Of the causal pairs: what computes more is not worth its lists and tables where nobody asked for it."""
+NOT_A_NUMBER = "dense: recall is not a number"
+"""Infinite or undefined scores: no pattern would have a recall."""
 DENSE: Patterns = ((None, Dense()),)
 Sets = tuple[Panel, ...]
 """Panels of one unit and one modality of rows."""
@@ -57,10 +62,12 @@ class Draft:
         if not 0 < theta <= 1:
             raise ConfigError(f"theta {theta}", "0 < theta <= 1", "pass the lowest recall to accept")
         self.held = Held(q_THD, k_KGD, rows, keys, scale, Alone() if peers is None else peers, chunk)
+        check_units(units, self.held)
         self.units, self.theta = units, theta
         self._class_masses = dict(previous or {})
         self._panels: list[Sets] = [()] * len(units)
         self._verdicts: list[tuple[int, Verdict]] = []
+        self._in_blocks: dict[Panel, int] = {}
 
     def probe(self, rows: Modality | None, units: Sequence[int]) -> Probe | None:
         """None where the chunk has no such row, or no unit asks."""
@@ -81,9 +88,22 @@ class Draft:
         units = [Unit(self.units[unit], panels) for unit, panels in sets.items()]
         return dict(zip(sets, measure_recall(self.held, probe, units)))
 
+    def is_enough(self, probe: Probe, unit: int, recall: float) -> bool:
+        """Theta or more, up to rounding; never where scores are infinite or no numbers."""
+        return recall >= self.theta - rounding(probe, self.units[unit])
+
+    def why_dense(self, probe: Probe, unit: int) -> str:
+        """The reason of rows whose recall is not enough."""
+        return f"dense: recall below {self.theta:g}" if self.is_number(probe, unit) else NOT_A_NUMBER
+
+    def is_number(self, probe: Probe, unit: int) -> bool:
+        """Whether the unit's recalls are: its scores are finite."""
+        return not isnan(rounding(probe, self.units[unit]))
+
     def shares(self, sets: Sequence[Sets]) -> list[float]:
-        """Pairs computed over causal pairs, for sets of one panel each."""
-        return shares(self.held, [panels[0] for panels in sets])
+        """Pairs computed over causal pairs of the chunk's rows, for sets of one panel each."""
+        self._count_blocks([panels[0] for panels in sets])
+        return [share(self.held, panels[0], self._in_blocks) for panels in sets]
 
     def keep(self, unit: int, sets: Sets, recall: float, trials: tuple[Trial, ...] = (), reason: str = "") -> None:
         kept = patterns_of(sets)
@@ -100,18 +120,23 @@ class Draft:
         self._panels[unit] += (Panel(rows, None, Dense(), Nothing()),)
 
     def finish(self, title: str, level_of_fallbacks: int) -> tuple[Selection, Report]:
-        """Logs one line."""
+        """Compares the selection with that of all other ranks, and logs one line. Raises RankMismatch."""
         units = tuple(Unit(heads, panels) for heads, panels in zip(self.units, self._panels))
         verdicts = [verdict for _, verdict in sorted(self._verdicts, key=lambda each: each[0])]
-        report = Report(tuple(verdicts), self._densities(), self._class_masses)
+        selection = Selection(units, self.held.group)
+        check_agreement(self.held, selection)
+        kept = [panel for panels in self._panels for panel in panels]
+        self._count_blocks(kept)
+        in_blocks = {panel: self._in_blocks[panel] for panel in kept if panel in self._in_blocks}
+        count = partial(densities, self.held.tokens, self.held.chunk, self._panels, in_blocks)
+        report = Report(tuple(verdicts), count, self._class_masses)
         log.log(level_of_fallbacks if report.fallbacks else logging.INFO, "%s: %s", title, report.summary())
-        return Selection(units, self.held.group), report
+        return selection, report
 
-    def _densities(self) -> tuple[float, ...]:
-        share_of = iter(shares(self.held, [panel for panels in self._panels for panel in panels]))
-        causal = len(self.held.tokens) * (len(self.held.tokens) + 1) // 2
-        computed = [sum(next(share_of) * causal_pairs(self.held, each) for each in panels) for panels in self._panels]
-        return tuple(pairs / causal for pairs in computed)
+    def _count_blocks(self, panels: Sequence[Panel]) -> None:
+        """Now, while all ranks are here: whoever asks for densities later asks alone."""
+        unknown = [panel for panel in panels if panel not in self._in_blocks]
+        self._in_blocks.update(pairs_in_blocks(self.held, unknown))
 
 
 def patterns_of(sets: Sets) -> Patterns:

@@ -17,6 +17,7 @@ from sglang_mm.types import TokenMap
 
 Heads = tuple[int, ...]
 """Query heads of one K/V group that share a selection."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +38,13 @@ class Held:
 
     def __post_init__(self):
         q, k = tuple(self.q_THD.shape), tuple(self.k_KGD.shape)
-        if len(q) != 3 or len(k) != 3 or q[2] != k[2] or q[1] % k[1] or self.q_THD.dtype != self.k_KGD.dtype:
-            given, allowed = f"q {q} {self.q_THD.dtype}, k {k} {self.k_KGD.dtype}", "q [T,H,D], k [K,G,D] of one dtype"
-            raise ConfigError(given, f"{allowed}, H a multiple of G", "check the head split")
+        given = f"q {q} {self.q_THD.dtype}, k {k} {self.k_KGD.dtype}"
+        if self.q_THD.dtype not in FLOATS:
+            raise ConfigError(given, f"one of {FLOATS}", "pass q and k before they are quantised")
+        of_heads = len(q) == len(k) == 3 and q[2] == k[2] > 0 and k[1] > 0 and q[1] > 0 == q[1] % k[1]
+        if not of_heads or self.q_THD.dtype != self.k_KGD.dtype:
+            allowed = "q [T,H,D], k [K,G,D] of one dtype, H a multiple of G, H and G and D at least 1"
+            raise ConfigError(given, allowed, "check the head split")
         for name, shard, tensors, first in (("q", self.rows, q, self.chunk.start), ("k", self.keys, k, 0)):
             at = shard.positions
             inside = not len(at) or (int(at[0]) >= first and int(at[-1]) < self.chunk.stop)
@@ -100,18 +105,23 @@ class Slots:
         return (self.weights @ x_ZX.flatten(1)).view(len(self.weights), *x_ZX.shape[1:])
 
 
-def make_slots(units: Sequence[Heads], held: Held) -> Slots:
-    """Raises ConfigError for a head that does not exist, occurs twice, or a unit over two K/V heads."""
-    by_kv: dict[int, list[tuple[int, int]]] = {}
-    for number, heads in enumerate(units):
+def check_units(units: Sequence[Heads], held: Held) -> None:
+    """Raises ConfigError for no unit, a unit without heads or over two K/V heads, and a head that is none or twice."""
+    for heads in units:
         if len({head // held.group for head in heads}) != 1:
             raise ConfigError(f"a unit of heads {heads}", f"heads of one group of {held.group}", "split the unit")
-        by_kv.setdefault(heads[0] // held.group, []).extend((head, number) for head in heads)
     named = sorted(head for heads in units for head in heads)
-    if len(set(named)) != len(named) or named[0] < 0 or named[-1] >= held.q_THD.shape[1]:
-        raise ConfigError(
-            f"units of heads {named}", f"each of 0 .. {held.q_THD.shape[1] - 1} at most once", "check them"
-        )
+    if not named or len(set(named)) != len(named) or named[0] < 0 or named[-1] >= held.q_THD.shape[1]:
+        allowed = f"one unit or more, each of heads 0 .. {held.q_THD.shape[1] - 1} at most once"
+        raise ConfigError(f"units of heads {named}", allowed, "check them")
+
+
+def make_slots(units: Sequence[Heads], held: Held) -> Slots:
+    """Raises ConfigError as `check_units`."""
+    check_units(units, held)
+    by_kv: dict[int, list[tuple[int, int]]] = {}
+    for number, heads in enumerate(units):
+        by_kv.setdefault(heads[0] // held.group, []).extend((head, number) for head in heads)
     width = max(map(len, by_kv.values()))
     padded = [pairs + [(pairs[0][0], -1)] * (width - len(pairs)) for _, pairs in sorted(by_kv.items())]
     heads, owner = torch.tensor(padded, device=held.device).flatten(0, 1).T

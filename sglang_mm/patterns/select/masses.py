@@ -89,17 +89,17 @@ class _ShiftCounter:
         columns_C = torch.where(is_near_C, is_near_C.cumsum(0) - 1, len(self._near))
         self._column_of = torch.nn.functional.pad(columns_C, (0, 1), value=len(self._near))  # its end is for class -1
         self._numbers = {number: place for place, number in enumerate(dict.fromkeys(map(_pairs_of, wants)))}
-        unseen = list(dict.fromkeys(number[1:] for number in self._numbers))
-        order = [(number[0], unseen.index(number[1:])) for number in self._numbers]
-        self._unit_N, self._unseen_N = torch.tensor(order, device=held.device).T
-        self._sink, self._window = torch.tensor(unseen, device=held.device).T[:, :, None, None]
+        left_out = list(dict.fromkeys(number[1:] for number in self._numbers))
+        order = [(number[0], left_out.index(number[1:])) for number in self._numbers]
+        self._unit_N, self._left_out_N = torch.tensor(order, device=held.device).T
+        self._sink, self._window = torch.tensor(left_out, device=held.device).T[:, :, None, None]
         self._mass_NRC = row_R.new_zeros(len(order), len(row_R), len(self._near) + 1)
 
     def add(self, p_URK: Tensor, pos_K: Tensor) -> None:
         row_R1 = self._rows[:, None]
         in_item_RK = (self._tokens.place[row_R1] >= 0) & (self._tokens.item[row_R1] == self._tokens.item[pos_K])
-        unseen_XRK = (row_R1 - pos_K >= self._window) & (pos_K >= self._sink) & in_item_RK
-        mass_NRK = fixed(p_URK[self._unit_N] * unseen_XRK[self._unseen_N])
+        left_out_XRK = (row_R1 - pos_K < self._window) | (pos_K < self._sink) | ~in_item_RK
+        mass_NRK = fixed(p_URK[self._unit_N].masked_fill_(left_out_XRK[self._left_out_N], 0))
         column_K = self._column_of[self._tokens.classes(Axis.FRAME).of_token[pos_K].long()]
         self._mass_NRC.scatter_add_(2, column_K.expand_as(mass_NRK), mass_NRK)
 

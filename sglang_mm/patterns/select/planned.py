@@ -46,9 +46,10 @@ def select(
     head_plans: (query heads of one K/V group, their plan) for each unit. q_THD [T, H, D], k_KGD [K, G, D]: this rank's
     rows and keys, fp16, bf16, fp32 or fp64; rows, keys: their positions. Over all ranks every row of the chunk and
     every key before its end occurs once. scale: of the scores, as in attention.
-    theta: lowest mean recall with which rows stay sparse. chunk: rows computed now, all by default; previous:
-    `class_masses` of the report on the chunk before. title: how the log line starts.
-    Raises ConfigError for what does not fit. Logs a line, as a warning where recall made rows fall back.
+    theta: lowest mean recall with which rows stay sparse, up to rounding. chunk: rows computed now, all by default.
+    previous: `class_masses` of the report on the chunk before. title: how the log line starts.
+    Raises ConfigError for what does not fit, RankMismatch, on all ranks, where one chose otherwise. Logs a line, as a
+    warning where recall made rows fall back.
     """
     share = {"scale": scale, "theta": theta, "peers": peers, "chunk": chunk, "previous": previous}
     draft = Draft([heads for heads, _ in head_plans], q_THD, k_KGD, rows, keys, **share)
@@ -78,7 +79,7 @@ def _decide(draft: Draft, rows: Modality | None, asked: Mapping[int, Patterns]) 
     for reason in ("", f"blocks: {below}"):
         sets = dict(zip(waiting, draft.choose(probe, list(waiting.items())))) if waiting else {}
         recalls = draft.recalls(probe, sets) if sets else {}
-        enough = [unit for unit, recall in recalls.items() if recall >= draft.theta]
+        enough = [unit for unit, recall in recalls.items() if draft.is_enough(probe, unit, recall)]
         too_large = _too_large(draft, {unit: sets[unit] for unit in enough}) if reason else ()
         for unit, recall in recalls.items():
             trials[unit] += (Trial(patterns_of(sets[unit]), recall),)
@@ -86,8 +87,8 @@ def _decide(draft: Draft, rows: Modality | None, asked: Mapping[int, Patterns]) 
                 dense[unit] = f"dense: {below}, and {TOO_LARGE}"
             elif unit in enough:
                 draft.keep(unit, sets[unit], recall, trials[unit], reason)
-            elif waiting[unit] == FALLBACK:
-                dense[unit] = f"dense: {below}"
+            elif waiting[unit] == FALLBACK or not draft.is_number(probe, unit):
+                dense[unit] = draft.why_dense(probe, unit)
         waiting = {unit: FALLBACK for unit in sets if unit not in enough and unit not in dense}
     for unit, why in dense.items():
         draft.keep_dense(unit, rows, trials[unit], why)

@@ -8,7 +8,7 @@ list of a block have the same one. The others are nobody else's business.
 B row blocks, E key blocks, H query heads, G K/V heads, D head dim, U units, Z slots as in held.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,7 +111,7 @@ def _mean(blocks: Tensor, sums: Tensor, counts: Tensor) -> _Pool:
 
 def _listed(
     held: Held, units: Sequence[Heads], wants: Sequence[Want], rows: Sequence[_Pool], keys: _Pool, listed_B: Tensor
-) -> list[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Per want int64 [B], how many key blocks each block of listed_B takes, and these, int32 [n], in order of `rows`.
 
     Where all heads keep most blocks, these lists are by far the largest thing that a choice makes: hence int32, and no
@@ -136,7 +136,8 @@ def _listed(
             counts_WB[:, blocks] = is_kept_WBE.sum(2)
             kept = is_kept_WBE.flatten().nonzero().flatten().remainder_(len(before.blocks)).int()
             found.append(kept.split(is_kept_WBE.flatten(1).sum(1).tolist()))
-    return [(counts_B, torch.cat(parts)) for counts_B, parts in zip(counts_WB[:, listed_B], zip(*found))]
+    for counts_B, parts in zip(counts_WB[:, listed_B], zip(*found)):
+        yield counts_B, torch.cat(parts)
 
 
 def _merge(row_blocks: Tensor, is_shared_B: Tensor, counts_B: Tensor, key_blocks: Tensor) -> BlockSet:

@@ -9,6 +9,7 @@ H query heads, R probe rows, U units.
 """
 
 from collections.abc import Sequence
+from math import isfinite, nan
 
 import torch
 from torch import Tensor
@@ -17,8 +18,24 @@ from sglang_mm.kernels.merge import state_dtype
 from sglang_mm.kernels.tiles import tile_lse
 from sglang_mm.patterns.chosen import Selection, Unit
 from sglang_mm.patterns.program import Shard, compile_piece, compile_rows
-from sglang_mm.patterns.select.held import Held
+from sglang_mm.patterns.select.held import Heads, Held
 from sglang_mm.patterns.select.probe import Probe, join_lse
+
+ROUNDINGS = 32
+"""Of one log-sum-exp: each score when it is scaled, multiplied and added up (4), the exponentials added pairwise (20,
+for 2^20 keys), the logarithm and its shift (2), joins of tiles, pieces and ranks (6: signs differ, so n of them count
+as their square root). Each is of at most eps / 2, relative to the larger of the log-sum-exp and 1."""
+
+
+def rounding(probe: Probe, heads: Heads) -> float:
+    """How far the measured recall of these heads may be from the true one, the same on all ranks; NaN where scores are
+    infinite or no numbers.
+
+    recall = exp(a - b) <= 1 moves by no more than a and b do: 2 * ROUNDINGS * eps / 2 together. The number of ranks
+    decides the order of additions, so that a unit that keeps all keys has a recall of 1 only up to this.
+    """
+    largest = float(probe.lse_HR[list(heads)].abs().max())
+    return ROUNDINGS * torch.finfo(probe.lse_HR.dtype).eps * max(1.0, largest) if isfinite(largest) else nan
 
 
 def measure_recall(held: Held, probe: Probe, units: Sequence[Unit]) -> list[float]:

@@ -1,7 +1,9 @@
 """What the selection of one layer decided and why: recalls, fallbacks, densities; as data and as text."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from sglang_mm.patterns.catalog import Dense, Pattern
 from sglang_mm.patterns.select.choose import ClassMasses
@@ -51,14 +53,19 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Report:
-    """verdicts: every unit, every modality of rows. densities: per unit, pairs computed over causal pairs.
+    """verdicts: every unit, every modality of rows.
 
-    class_masses: to be passed on to the selection of the prompt's next chunk.
+    count_densities: what `densities` calls once. class_masses: to be passed on to the selection of the next chunk.
     """
 
     verdicts: tuple[Verdict, ...]
-    densities: tuple[float, ...]
+    count_densities: Callable[[], tuple[float, ...]] = field(repr=False, compare=False)
     class_masses: ClassMasses = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def densities(self) -> tuple[float, ...]:
+        """Per unit, pairs computed over causal pairs of the chunk's rows. Counted when first asked; no collective."""
+        return self.count_densities()
 
     @property
     def fallbacks(self) -> Counter[str]:
@@ -71,10 +78,9 @@ class Report:
 
     def summary(self) -> str:
         sparse = sum(verdict.is_sparse for verdict in self.verdicts)
-        mean = sum(self.densities) / len(self.densities)
         reasons = "".join(f"; {count} x {reason}" for reason, count in sorted(self.fallbacks.items()))
         counts = f"{sparse} of {len(self.verdicts)} verdicts sparse"
-        return f"{counts}, lowest recall {self.lowest_recall:.4f}, mean density {mean:.4f}{reasons}"
+        return f"{counts}, lowest recall {self.lowest_recall:.4f}{reasons}"
 
     def __str__(self) -> str:
         return "\n".join([self.summary(), *map(str, self.verdicts)])
