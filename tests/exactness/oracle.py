@@ -31,19 +31,22 @@ def allowed(expected: State, q: Tensor, k: Tensor, v: Tensor, seen_HSS: Tensor, 
     Twice the error of the plain computation in that dtype, since tiles are summed in another order, and two roundings
     of the largest value in each merge: 2^-22 in fp32. For fp64, once more the plain error, which the oracle has too.
     The error of the plain fp64 computation is that of fp32, scaled by the ratio of their roundings.
+    Of few keys it may be nothing by chance; so once the rounding of the largest score, which the log-sum-exp is off by,
+    and the weights as a factor.
     """
-    scaled = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+    eps = torch.finfo(dtype).eps
     times = 3 if dtype == torch.float64 else 2
     plain = masked(q.float(), k.float(), v.float(), seen_HSS)
-    merging = merges * 2 * torch.finfo(dtype).eps
-    return [
-        times * scaled * largest(got.double() - want) + merging * largest(want) for got, want in zip(plain, expected)
-    ]
+    error = [eps / torch.finfo(torch.float32).eps * largest(got.double() - want) for got, want in zip(plain, expected)]
+    out, lse = map(largest, expected)
+    score = SCALE * largest(q.double().norm(dim=-1)) * largest(k.double().norm(dim=-1))
+    merging = merges * 2 * eps
+    return [times * error[0] + merging * out + eps * score * out, times * error[1] + merging * lse + eps * score]
 
 
 def errors(actual: State, expected: State) -> list[float]:
-    """Largest error of out and of lse; infinite where a row without keys is taken for one with keys, or is NaN."""
-    if any(not torch.equal(got.isfinite(), want.isfinite()) for got, want in zip(actual, expected)):
+    """Largest error of out and of lse; infinite where something is NaN, or a row with keys is taken for one without."""
+    if any(got.isnan().any() or not torch.equal(got.isinf(), want.isinf()) for got, want in zip(actual, expected)):
         return [float("inf")] * 2
     return [largest(got.double() - want) for got, want in zip(actual, expected)]
 

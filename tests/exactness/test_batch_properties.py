@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("nan_poison", "one_thread")
 NAN = float("nan")
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(layers(), seeds)
 def test_a_unit_alone_or_among_others(layer: Layer, seed):
     qkv = layer.random_qkv(torch.float32, seed)
@@ -30,7 +30,7 @@ def test_a_unit_alone_or_among_others(layer: Layer, seed):
         assert torch.equal(own_out[:, heads], out[:, heads]) and torch.equal(own_lse[heads], lse[heads])
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(layers(), layers(), seeds)
 def test_two_requests_alone_or_side_by_side(first: Layer, second: Layer, seed):
     """Side by side: in one buffer, with NaN around each, and a program of the one after a program of the other."""

@@ -136,3 +136,26 @@ def test_lines_are_compact():
     ((_, _, program),) = one_rank(tokens, single(Grid(sink=0, window=1, tail=False), phases)).programs
     band = program.items  # the block of the row itself
     assert program.visits <= band + 3 * program.items
+
+
+@pytest.mark.parametrize("size", [1, 64, 128])
+def test_a_tile_needs_no_mask_up_to_its_last_key(size):
+    """Row 63 sees all of keys 0 .. 63, and row 127 all of both tiles."""
+    ((_, _, program),) = one_rank(token_maps.text_only(128), single(Dense()), row_tile=1, key_tile=size).programs
+    masked = program.part_ptr.diff()
+    assert not masked[size - 1 :: size].any() and int(masked.sum()) == 128 - 128 // size
+
+
+def test_nothing_is_listed_that_no_entry_shows():
+    """Blocks inside the window, and columns and classes inside the sink, leave no trace."""
+    tokens = token_maps.uniform_video(24, 4, 6)
+    none, all_columns = torch.zeros(0, dtype=torch.int64), torch.arange(100)
+    plain = single(VerticalSlash(sink=100, window=256), Lines(none, none))
+    crossed = single(VerticalSlash(sink=100, window=256), Lines(all_columns, torch.tensor([0])))
+    ((_, _, wanted),), ((_, _, program),) = (one_rank(tokens, unit).programs for unit in (plain, crossed))
+    assert (program.entries, len(program.keys)) == (wanted.entries, len(wanted.keys))
+
+    phases = Phases(Axis.FRAME, torch.tensor([3]), torch.zeros(0, 2, dtype=torch.int64))
+    ((_, _, program),) = one_rank(tokens, single(Grid("frame", sink=100, window=10), phases)).programs
+    listed = program.keys[len(tokens) :].long()
+    assert listed.tolist() == ((tokens.place == 3) & (torch.arange(len(tokens)) >= 100)).nonzero().flatten().tolist()

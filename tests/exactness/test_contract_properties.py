@@ -15,20 +15,20 @@ pytestmark = pytest.mark.usefixtures("nan_poison", "one_thread")
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=45)
 @given(layers() | layers(crossings))
 def test_entries_show_the_mask_and_nothing_twice(layer: Layer):
     assert torch.equal(layer.times_shown(), layer.masks.byte())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=45)
 @given(layers() | layers(crossings), st.sampled_from(DTYPES), seeds)
 def test_values_are_those_of_one_softmax_over_the_mask(layer: Layer, dtype, seed):
     qkv = layer.random_qkv(dtype, seed)
     assert_exact(layer.attend(*qkv), *qkv, layer.seen_by_head(), layer.merges)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=14)
 @given(layers(), seeds)
 def test_ranks_give_what_one_rank_gives(layer: Layer, seed):
     qkv, seen_HSS = layer.random_qkv(seed=seed), layer.seen_by_head()
@@ -40,7 +40,7 @@ def test_ranks_give_what_one_rank_gives(layer: Layer, seed):
         assert error <= limit
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=14)
 @given(layers())
 def test_every_row_has_a_key_and_a_piece_without_one_is_empty(layer: Layer):
     """No partial result is NaN: a row sees keys of a piece, or gets (0, -inf) there."""

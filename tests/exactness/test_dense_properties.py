@@ -40,7 +40,7 @@ def full_plans(tokens: TokenMap) -> dict[str, Unit]:
     return found
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=7)
 @given(st.data(), prompts, tiles, tiles)
 def test_a_full_plan_is_causal_attention(data, tokens, row_tile, key_tile):
     rows = data.draw(ownership(tokens))
