@@ -30,10 +30,11 @@ class Columns:
 
 @dataclass(frozen=True, eq=False)
 class Reaches(Columns):
-    """In order of bounds, then items: then searches ascend and are four times faster. int64 [reaches] each.
+    """In order of bounds, then items: then searches ascend and are four times faster. int32 [reaches].
 
     item; bounds: row of the table of bounds. first_touched .. last_touched: positions that any row may see, between
-    first_full and last_full: that all rows see; each plus the source's number times the length of the prompt + 2.
+    first_full and last_full: that all rows see; each plus the source's number times the length of the prompt + 2, and
+    int64 where that needs it.
     first_block, last_block: blocks of first_touched .. last_touched.
     """
 
@@ -66,7 +67,7 @@ class Visits(Columns):
 
 @dataclass(frozen=True, eq=False)
 class Runs(Columns):
-    """Tiles [start, stop), of which [full, full_stop) need no mask. In order of items; int64 [runs] each.
+    """Tiles [start, stop), of which [full, full_stop) need no mask. In order of items; int32 [runs] each.
 
     live: row of the table of bits, -1 for none.
     """

@@ -25,7 +25,7 @@ class Rows:
     """The rows of one program. Items are in order of units.
 
     tiles: of rows; item_unit, item_rows: int64 [items]. sources: lists of keys to make of each piece.
-    bounds: int64 [B, 4]. beside: bool [B], whether they belong to lines beside blocks. order: int64 [reaches], reaches
+    bounds: int64 [B, 4]. beside: bool [B], whether they belong to lines beside blocks. order: int32 [reaches], reaches
     in order of items.
     """
 
