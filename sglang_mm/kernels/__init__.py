@@ -1,6 +1,7 @@
 """Attention kernels behind one contract. They know positions, no ranks and no plans.
 
 causal_attention(q, k, v, pos_q, pos_k, scale=...) -> (out, lse)       merge(out, lse, out_i, lse_i)
+sparse_attention(q, k, v, programs, scale=...) -> (out, lse)           sparse_lse(q, k, programs, scale=...) -> lse
 """
 
 import torch
@@ -9,9 +10,15 @@ from torch import Tensor
 from sglang_mm.errors import ConfigError
 from sglang_mm.kernels import cpu_flash, reference
 from sglang_mm.kernels.merge import empty_state, merge
+from sglang_mm.kernels.problem import problem_of
+from sglang_mm.kernels.selector import choose_backend, sparse_attention, sparse_lse
+from sglang_mm.kernels.triton_backend import launch as by_triton
 
-__all__ = ["BACKENDS", "causal_attention", "empty_state", "merge"]
-BACKENDS = {"reference": reference.attend, "cpu_flash": cpu_flash.attend}
+__all__ = [
+    "BACKENDS", "causal_attention", "choose_backend", "empty_state", "merge", "problem_of", "sparse_attention",
+    "sparse_lse",
+]  # fmt: skip
+BACKENDS = {"reference": reference.attend, "cpu_flash": cpu_flash.attend, "triton": by_triton.attend_causal}
 
 
 def causal_attention(
@@ -23,25 +30,30 @@ def causal_attention(
     pos_q [Tq], pos_k [Tk]: int64, ascending; best on CPU, since tiles are planned on the host.
     Returns out [Tq, Hq, D] and the natural log-sum-exp of the scaled scores, lse [Hq, Tq]: fp64 for fp64 inputs, fp32
     for all others. A query that sees no key gets (0, -inf).
-    backend: `reference` any device; `cpu_flash` CPU; `auto` cpu_flash on CPU, reference elsewhere (exact on CUDA, and
-    slow: PyTorch's CUDA flash kernels round partial results to 16 bits).
+    backend: `reference` any device; `cpu_flash` CPU; `triton` CUDA, as a tile program; `auto` cpu_flash on CPU, triton
+    where it can run, else reference. (PyTorch's CUDA flash kernels would round partial results to 16 bits.)
     Raises ConfigError for shapes, dtypes, positions or a backend that cannot work.
     """
     pos_q, pos_k = pos_q.cpu().contiguous(), pos_k.cpu().contiguous()
     _validate(q_THD, k_THD, v_THD, pos_q, pos_k)
-    attend = BACKENDS[_choose(backend, q_THD.device)]
+    attend = BACKENDS[_choose(backend, q_THD, k_THD)]
     if not len(pos_q) or not len(pos_k):
         return empty_state(q_THD)
     return attend(q_THD, k_THD, v_THD, pos_q, pos_k, scale)
 
 
-def _choose(backend: str, device: torch.device) -> str:
-    if backend == "auto":
-        return "cpu_flash" if device.type == "cpu" else "reference"
-    if backend not in BACKENDS:
+def _choose(backend: str, q: Tensor, k: Tensor) -> str:
+    if backend != "auto" and backend not in BACKENDS:
         raise ConfigError(f"backend {backend!r}", f"auto, {', '.join(BACKENDS)}", "pass backend='auto'")
-    if backend == "cpu_flash" and device.type != "cpu":
-        raise ConfigError(f"backend 'cpu_flash' for tensors on {device}", "tensors on cpu", "pass backend='auto'")
+    if backend == "cpu_flash" and q.device.type != "cpu":
+        raise ConfigError(f"backend 'cpu_flash' for tensors on {q.device}", "tensors on cpu", "pass backend='auto'")
+    if backend == "auto" and q.device.type == "cpu":
+        return "cpu_flash"
+    if backend in ("auto", "triton"):
+        why = by_triton.unfit(problem_of(q, k))
+        if why and backend == "triton":
+            raise ConfigError(f"backend 'triton': {why}", "one that can run here", "pass backend='auto'")
+        return "reference" if why else "triton"
     return backend
 
 

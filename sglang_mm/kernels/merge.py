@@ -17,15 +17,25 @@ def empty_state(q_THD: Tensor) -> tuple[Tensor, Tensor]:
     """(out, lse) of queries that have seen no key yet, on the device of the queries."""
     rows, heads, _ = q_THD.shape
     dtype = state_dtype(q_THD.dtype)
-    return torch.zeros_like(q_THD, dtype=dtype), q_THD.new_full((heads, rows), float("-inf"), dtype=dtype)
+    return q_THD.new_zeros(q_THD.shape, dtype=dtype), q_THD.new_full((heads, rows), float("-inf"), dtype=dtype)
 
 
 def merge(out: Tensor, lse: Tensor, out_i: Tensor, lse_i: Tensor) -> None:
     """Add the partial result (out_i, lse_i) of further keys to (out, lse), in place.
 
-    out, out_i [T, H, D], lse, lse_i [H, T], fp32 or fp64; the keys of the two must be disjoint. Sides without keys are
-    (0, -inf); the result is never NaN, also when both are.
+    out, out_i [T, H, D], lse, lse_i [H, T], fp32 or fp64, out_i also fp16 or bf16; the keys of the two must be
+    disjoint. Sides without keys are (0, -inf); the result is never NaN, also when both are. An fp32 state on CUDA is
+    merged by one kernel, which never reads rows of out_i whose lse_i is -inf.
     """
+    if out.is_cuda:
+        from sglang_mm.kernels.triton_backend.merge import merge_state, takes  # not at the top: Triton has no CPU
+
+        if takes(out, lse, out_i, lse_i):
+            return merge_state(out, lse, out_i, lse_i)
+    _merge(out, lse, out_i, lse_i)
+
+
+def _merge(out: Tensor, lse: Tensor, out_i: Tensor, lse_i: Tensor) -> None:
     top = torch.maximum(lse, lse_i)
     shift = top.masked_fill(top == float("-inf"), 0)  # -inf - -inf would be NaN
     weight, weight_i = torch.exp(lse - shift), torch.exp(lse_i - shift)

@@ -9,8 +9,21 @@ import torch
 from torch import Tensor
 
 from sglang_mm.errors import ConfigError
-from sglang_mm.kernels.merge import empty_state, state_dtype
+from sglang_mm.kernels.merge import empty_state, merge, state_dtype
+from sglang_mm.kernels.problem import Problem
 from sglang_mm.types import TileProgram
+
+NAME = "reference"
+
+
+def unfit(problem: Problem) -> str | None:
+    """Runs everywhere."""
+    return None
+
+
+def attend(q_THD: Tensor, k_KHD: Tensor, v_KHD: Tensor, program: TileProgram, scale: float, out: Tensor, lse: Tensor):
+    """Merge the program's result into the state, in place."""
+    merge(out, lse, *attend_tiles(q_THD, k_KHD, v_KHD, program, scale=scale))
 
 
 def attend_tiles(
@@ -31,7 +44,7 @@ def tile_lse(q_THD: Tensor, k_KHD: Tensor, program: TileProgram, *, scale: float
 
 
 def _attend(q_THD, k_KHD, v_KHD, program: TileProgram, scale: float) -> tuple[Tensor, Tensor]:
-    _validate(q_THD, k_KHD, v_KHD, program)
+    validate(q_THD, k_KHD, v_KHD, program)
     out, lse = empty_state(q_THD)
     dtype = state_dtype(q_THD.dtype)
     for heads, rows, keys, hidden_RN in _items(program):
@@ -85,7 +98,8 @@ def _hidden(program: TileProgram, rows: Tensor, keys: Tensor, entry: Tensor, pla
     return ~(shown & (distance_RM >= low) & (distance_RM < high))
 
 
-def _validate(q: Tensor, k: Tensor, v: Tensor | None, program: TileProgram) -> None:
+def validate(q: Tensor, k: Tensor, v: Tensor | None, program: TileProgram) -> None:
+    """Raises ConfigError for tensors that do not fit the program."""
     if len(q) != len(program.pos_q) or len(k) != len(program.pos_k):
         given = f"{len(q)} rows and {len(k)} keys"
         allowed = f"{len(program.pos_q)} and {len(program.pos_k)}"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sglang_mm.errors import ConfigError
-from sglang_mm.kernels import BACKENDS, causal_attention, cpu_flash, reference
+from sglang_mm.kernels import causal_attention, cpu_flash, reference
 from tests.kernels.oracle import assert_matches
 
 pytestmark = pytest.mark.usefixtures("nan_poison", "one_thread")
@@ -52,7 +52,7 @@ def tiles(request, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "cpu_flash"])
 def test_backend_equals_dense(tiles, backend, positions, heads, dtype):
     q, k, v = draw(*positions, heads, dtype)
     state = causal_attention(q, k, v, *positions, scale=0.21, backend=backend)
@@ -60,7 +60,7 @@ def test_backend_equals_dense(tiles, backend, positions, heads, dtype):
     assert_matches(state, q, k, v, *positions, 0.21)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "cpu_flash"])
 def test_tiles_of_real_size(backend):
     """Several tiles, cut at the jump between two zigzag pieces, next to keys of another rank."""
     mine, theirs = spread((0, 1500), (4500, 6000)), spread((1500, 4500))
@@ -69,7 +69,7 @@ def test_tiles_of_real_size(backend):
         assert_matches(causal_attention(q, k, v, mine, keys, scale=0.3, backend=backend), q, k, v, mine, keys, 0.3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "cpu_flash"])
 def test_nan_around_and_behind_the_keys_is_never_read(backend):
     """Buffers larger than the tensors, and keys after the last query, hold NaN; heads come from a fused QKV."""
     pos_q, pos_k = spread((0, 70)), spread((0, 100))

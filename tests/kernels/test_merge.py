@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sglang_mm.kernels import empty_state, merge
+from tests.kernels.merging import DTYPES, EMPTY, SIZES, Case, assert_merged, draw
 from tests.kernels.oracle import assert_matches, dense
 
 pytestmark = pytest.mark.usefixtures("nan_poison", "one_thread")
@@ -68,3 +69,61 @@ def test_the_state_is_changed_in_place():
     merge(out[4:9], lse[:, 4:9], *partial)
     assert torch.equal(out[4:9], partial[0])
     assert not out[:4].any() and not out[9:].any() and lse[:, :4].isinf().all() and lse[:, 9:].isinf().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_partial_results_of_every_dtype(size, dtype):
+    case = draw(*size, dtype)
+    state = case.to("cpu")
+    merge(*state)
+    assert_merged(state[:2], case)
+
+
+def test_what_the_kernel_takes():
+    """What it does not take is merged by torch."""
+    takes = pytest.importorskip("sglang_mm.kernels.triton_backend.merge").takes
+    case = draw(3, 2, 8)
+    assert takes(*case) and takes(*draw(3, 2, 8, torch.bfloat16)) and takes(*draw(3, 2, 1))
+    assert not takes(*(tensor.double() for tensor in case))
+    for name in ("lse", "lse_i", "out_i"):
+        assert not takes(*case._replace(**{name: getattr(case, name).double()}))
+    assert not takes(*case._replace(out_i=case.out_i.transpose(0, 2).contiguous().transpose(0, 2)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [*SIZES, (4100, 32, 128)], ids=str)
+def test_on_a_gpu(size, dtype):
+    """Rows that need not be read hold NaN, which torch's merge would spread: so this is the kernel."""
+    case = draw(*size, dtype)
+    given = case.poisoned().to("cuda")
+    merge(*given)
+    assert_merged(given[:2], case)
+
+
+@pytest.mark.gpu
+def test_fp64_on_a_gpu():
+    case = Case(*(tensor.double() for tensor in draw(37, 3, 80)))
+    state, want = case.to("cuda"), case.to("cpu")
+    merge(*state)
+    merge(*want)
+    torch.testing.assert_close(state.out.cpu(), want.out, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(state.lse.cpu(), want.lse, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_more_numbers_than_int32_counts_on_a_gpu():
+    """The last rows of 2^31 and some numbers; 13 GB. No other row has keys."""
+    rows, heads, dim = 2**21 + 5, 8, 128
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("less than 20 GB of GPU memory are free")
+    case = draw(64, heads, dim, torch.bfloat16)
+    out = torch.empty(rows, heads, dim, device="cuda")
+    out_i = torch.empty(rows, heads, dim, device="cuda", dtype=torch.bfloat16)
+    lse, lse_i = torch.full((2, heads, rows), EMPTY, device="cuda")
+    out[-64:], lse[:, -64:], out_i[-64:], lse_i[:, -64:] = case.to("cuda")
+    merge(out, lse, out_i, lse_i)
+    assert_merged((out[-64:], lse[:, -64:]), case)
+    assert lse[:, :-64].isneginf().all()

@@ -1,6 +1,6 @@
 """What one rank holds of one layer of one prompt, and which query heads are scored together.
 
-T rows and K keys of this rank, H query heads, G K/V heads, N scored query heads per K/V head, D head dim.
+T rows and K keys of this rank, H query heads, G K/V heads, D head dim.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from sglang_mm.errors import ConfigError
+from sglang_mm.kernels import probe
 from sglang_mm.kernels.merge import state_dtype
+from sglang_mm.kernels.probe import Slots
 from sglang_mm.patterns.program import Shard
 from sglang_mm.patterns.select.peers import Peers
 from sglang_mm.types import TokenMap
@@ -79,32 +81,6 @@ class Held:
         return self.q_THD.device
 
 
-@dataclass(frozen=True, eq=False)
-class Slots:
-    """Query heads in a rectangle, so that one batched product serves all K/V heads without copies of K.
-
-    kv_heads int64 [G]; heads int64 [G * N], the query heads of kv_heads[0], of kv_heads[1], ... A K/V head with fewer
-    than N repeats one. weights [units, G * N]: 1 where the unit owns the slot, 0 elsewhere, also for repetitions.
-    """
-
-    kv_heads: Tensor
-    heads: Tensor
-    weights: Tensor
-
-    def __len__(self) -> int:
-        return len(self.heads)
-
-    def arrange(self, x_RHD: Tensor) -> Tensor:
-        """[R, H, D] -> [G, N * R, D]."""
-        rows, _, dim = x_RHD.shape
-        kv_heads = len(self.kv_heads)
-        return x_RHD[:, self.heads].transpose(0, 1).reshape(kv_heads, len(self) // kv_heads * rows, dim)
-
-    def per_unit(self, x_ZX: Tensor) -> Tensor:
-        """[G * N, ...] -> [units, ...]: the sum over each unit's heads."""
-        return (self.weights @ x_ZX.flatten(1)).view(len(self.weights), *x_ZX.shape[1:])
-
-
 def check_units(units: Sequence[Heads], held: Held) -> None:
     """Raises ConfigError for no unit, a unit without heads or over two K/V heads, and a head that is none or twice."""
     for heads in units:
@@ -119,11 +95,4 @@ def check_units(units: Sequence[Heads], held: Held) -> None:
 def make_slots(units: Sequence[Heads], held: Held) -> Slots:
     """Raises ConfigError as `check_units`."""
     check_units(units, held)
-    by_kv: dict[int, list[tuple[int, int]]] = {}
-    for number, heads in enumerate(units):
-        by_kv.setdefault(heads[0] // held.group, []).extend((head, number) for head in heads)
-    width = max(map(len, by_kv.values()))
-    padded = [pairs + [(pairs[0][0], -1)] * (width - len(pairs)) for _, pairs in sorted(by_kv.items())]
-    heads, owner = torch.tensor(padded, device=held.device).flatten(0, 1).T
-    weights = owner == torch.arange(len(units), device=held.device)[:, None]
-    return Slots(torch.tensor(sorted(by_kv), device=held.device), heads, weights.to(held.dtype))
+    return probe.make_slots(units, held.group, held.q_THD)

@@ -4,9 +4,9 @@
     rows of text       . . [ 30 rows ]                                 fewer where the span is shorter
     rows of all                              [ 64 rows ]               boundary none: the last of the prompt or chunk
 
-Two passes over this rank's keys, one tile at a time, so that no rows x keys table exists: the row log-sum-exp, joined
+Two passes over this rank's keys, in kernels/probe.py, so that no rows x keys table exists: the row log-sum-exp, joined
 over all ranks, and in masses.py the probabilities that follow from it.
-R probe rows, K keys of a tile, H query heads, G, N, D as in held.py; Z = G * N slots.
+R probe rows, K keys of a tile, H query heads, Z slots as in kernels/probe.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from sglang_mm.errors import ConfigError
+from sglang_mm.kernels import probe
+from sglang_mm.kernels.probe import SCORES
 from sglang_mm.patterns.select.held import Heads, Held, Slots, make_slots
 from sglang_mm.types import Modality, TokenMap
 
+__all__ = ["PROBE_ROWS", "SCORES", "Probe", "join_lse", "probe_range", "score_tiles", "scores_at_once", "take_probe"]
 PROBE_ROWS = 64
-SCORES = {"cpu": 1 << 20, "cuda": 1 << 24}  # held at once: 4 MiB in fp32, so that caches hold them; 64 MiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +43,7 @@ class Probe:
 
 
 def scores_at_once(held: Held) -> int:
-    return SCORES.get(held.device.type, SCORES["cuda"])
+    return probe.scores_at_once(held.device)
 
 
 def probe_range(tokens: TokenMap, modality: Modality | None, chunk: range) -> range:
@@ -70,12 +72,9 @@ def take_probe(held: Held, modality: Modality | None, units: Sequence[Heads]) ->
     if not len(rows):
         return None
     q_RHD = _gather_queries(held, rows)
-    slots = make_slots(units, held)
-    lse_ZR = q_RHD.new_full((len(slots), len(rows)), float("-inf"), dtype=held.dtype)
-    for _, scores_ZRK in score_tiles(held, q_RHD, rows, slots):
-        lse_ZR = torch.logaddexp(lse_ZR, torch.logsumexp(scores_ZRK, dim=-1))
-    lse_HR = lse_ZR.new_full((q_RHD.shape[1], len(rows)), float("nan"))
-    lse_HR[slots.heads] = join_lse(held, lse_ZR)
+    heads = make_slots(units, held).heads
+    lse_HR = probe.row_lse(q_RHD, held.k_KGD, held.pos_k, rows, units, scale=held.scale)
+    lse_HR[heads] = join_lse(held, lse_HR[heads])
     return Probe(modality, rows, q_RHD, lse_HR)
 
 
@@ -99,19 +98,5 @@ def _gather_queries(held: Held, rows: range) -> Tensor:
 
 
 def score_tiles(held: Held, q_RHD: Tensor, rows: range, slots: Slots) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (keys of this rank, scores [Z, R, K]) tile by tile; -inf where a key comes after the row.
-
-    Keys after the last row are left out. The caller may write to the scores.
-    """
-    borders = held.pos_k.new_tensor([rows.start, rows.stop - 1])
-    seen_by_all, seen = torch.searchsorted(held.pos_k, borders, right=True).tolist()
-    positions_R1 = torch.arange(rows.start, rows.stop, device=held.device)[:, None]
-    q_GXD = slots.arrange(q_RHD).to(held.dtype) * held.scale
-    tile = max(1, scores_at_once(held) // (len(slots) * len(rows)))
-    for first in range(0, seen, tile):
-        keys = slice(first, min(first + tile, seen))
-        k_GDK = held.k_KGD[keys][:, slots.kv_heads].to(held.dtype).permute(1, 2, 0)
-        scores_ZRK = (q_GXD @ k_GDK).view(len(slots), len(rows), -1)
-        if keys.stop > seen_by_all:
-            scores_ZRK.masked_fill_(held.pos_k[keys] > positions_R1, float("-inf"))
-        yield keys, scores_ZRK
+    """The scores of both passes in plain torch, as `kernels.probe.score_tiles` yields them."""
+    return probe.score_tiles(q_RHD, held.k_KGD, held.pos_k, rows, slots, scale=held.scale)

@@ -14,8 +14,7 @@ from math import isfinite, nan
 import torch
 from torch import Tensor
 
-from sglang_mm.kernels.merge import state_dtype
-from sglang_mm.kernels.tiles import tile_lse
+from sglang_mm.kernels import sparse_lse
 from sglang_mm.patterns.chosen import Selection, Unit
 from sglang_mm.patterns.program import Shard, compile_piece, compile_rows
 from sglang_mm.patterns.select.held import Heads, Held
@@ -50,8 +49,5 @@ def measure_recall(held: Held, probe: Probe, units: Sequence[Unit]) -> list[floa
 
 def _lse_over_own_keys(held: Held, probe: Probe, selection: Selection) -> Tensor:
     """[H, R]: of the keys of this rank that the selection shows; -inf for none."""
-    lse_HR = torch.full_like(probe.lse_HR, float("-inf"), dtype=state_dtype(held.q_THD.dtype))
     rows = compile_rows(selection, Shard(held.tokens, probe.positions), sparse_rows=True)
-    for program in compile_piece(rows, held.keys):
-        lse_HR = torch.logaddexp(lse_HR, tile_lse(probe.q_RHD, held.k_KGD, program, scale=held.scale))
-    return lse_HR
+    return sparse_lse(probe.q_RHD, held.k_KGD, compile_piece(rows, held.keys), scale=held.scale)

@@ -1,0 +1,19 @@
+"""One command that proves and times the kernels on a GPU machine with torch and triton.
+
+    python -m benchmarks.gpu_suite --out DIR [--quick]
+
+    correctness    every backend against the reference; what is red is not timed, and the exit status is 1
+    ceilings       what the device copies and multiplies at best
+    sparse         per length: the dense baselines, then every green backend, index and permutation included
+    ring           one rank after another over the pieces of C ranks: balance of the work, no transport
+    model          the prefill of a decoder of 7B shape, dense and sparse
+    decode         one row over C parts of the keys, merged, in a CUDA graph
+
+Results go to DIR as YYYY-MM-DD-<gpu>, .json with every measurement and .md with tables, after every step. --rehearse
+runs every step at toy sizes on a CPU with the reference, to check the suite itself; its report says that it measures
+nothing.
+"""
+
+from benchmarks.gpu_suite.stand_in import import_catalog
+
+import_catalog()  # before anything here imports patterns

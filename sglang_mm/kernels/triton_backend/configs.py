@@ -1,0 +1,47 @@
+"""With which tile sizes, warps and loads the attention kernel is compiled: a small table, nothing is tried out.
+
+Each row was chosen by what the compiler makes of it: no spills, shared memory and registers that fit, and for 16-bit
+numbers three stages of K and V in flight. Which of several such is the fastest is still to be measured.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from triton import next_power_of_2
+
+TILE = 128
+"""Rows of a program's tile, at most."""
+LARGEST_HEAD = 128
+
+
+@dataclass(frozen=True)
+class Config:
+    """rows, keys: of a step; tma: K and V by descriptors."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    tma: bool
+
+
+def choose_config(capability: int, dtype: torch.dtype, head_dim: int) -> Config:
+    """capability: 90 for sm_90; 0 for the interpreter, which runs what sm_90 does."""
+    if dtype == torch.float32:  # products in IEEE fp32, without tensor cores: larger steps spill
+        return Config(16, 32, 8, 1, tma=False)
+    if capability == 0 or capability // 10 in (9, 10):
+        keys = 32 if capability >= 100 and head_dim > 64 else 64
+        return Config(128, keys, 8, 3, tma=head_dim % 8 == 0)  # descriptors want rows of a multiple of 16 bytes
+    if capability == 80:
+        return Config(128, 64, 8, 3, tma=False)
+    return Config(64, 64 if head_dim <= 64 else 32, 4, 3, tma=False)  # 99 KiB of shared memory
+
+
+def padded(head_dim: int) -> int:
+    """Head dim as the kernel holds it: tl.arange and tl.dot need powers of two, from 16 on."""
+    return max(16, next_power_of_2(head_dim))
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """fp32 is never rounded to TF32: results on all devices agree to fp32's own precision."""
+    return "ieee" if dtype == torch.float32 else "tf32"
