@@ -24,7 +24,7 @@ ROOMS = {
     "errors": Room(),
     "config": Room(),
     "types": Room(libraries={"torch"}),
-    "kernels": Room(libraries={"torch", "triton", "flashinfer"}),
+    "kernels": Room(libraries={"torch", "triton", "flashinfer", "flash_attn"}),
     "modality": Room(libraries={"torch", "numpy", "msgspec"}),
     "patterns": Room(NOUNS | {"kernels"}, {"torch", "numpy", "msgspec", "matplotlib"}),
     "parallel": Room(NOUNS | {"kernels"}, {"torch", "numpy"}),

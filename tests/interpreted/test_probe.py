@@ -3,6 +3,8 @@
 torch.empty is NaN, so what no instance writes shows; NaN lies beside the keys, and in those after the last row.
 """
 
+import ctypes
+import mmap
 from dataclasses import replace
 
 import pytest
@@ -17,7 +19,7 @@ from tests.kernels.probing import SCALE, UNITS, assert_lse, assert_masses, draw
 
 pytestmark = pytest.mark.usefixtures("nan_poison", "one_thread")
 NAN, INF = float("nan"), float("inf")
-ALL_WAYS = [torch.float32, torch.float16]
+PROT_NONE = 0
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def check(case) -> None:
     assert_masses(passes.key_masses(*case.inputs, case.lse_HR, scale=SCALE, by_class=case.by_class), case)
 
 
-@pytest.mark.parametrize("dtype", ALL_WAYS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [64, 80, 128])
 @pytest.mark.parametrize("group", UNITS)
 def test_values(group, dim, dtype, large_steps):
@@ -55,6 +57,12 @@ def test_sizes(keys, rows, first, large_steps):
     check(draw(4, 33, keys, rows, torch.float32, first))
 
 
+@pytest.mark.parametrize("first", range(62, 66))
+def test_a_step_that_row_0_sees_all_of_but_one_key(first, large_steps):
+    """A step is 64 keys: all of the first, one less, and what lies beside these."""
+    check(draw(1, 16, 128, 64, torch.float32, first, has_gaps=False))
+
+
 def test_parts(large_steps):
     """Three parts of keys, the last of them after the rows, are joined; what comes after the rows changes no bit."""
     case = draw(4, 16, 2300, dtype=torch.float32, first=2000)
@@ -64,6 +72,31 @@ def test_parts(large_steps):
     less = replace(case, k_KGD=case.k_KGD[:seen], pos_k=case.pos_k[:seen])
     whole, cut = (passes.row_lse(*each.inputs, scale=SCALE)[case.heads] for each in (case, less))
     assert torch.equal(whole, cut)
+
+
+def guarded(x: torch.Tensor, readable: int) -> torch.Tensor:
+    """A copy of x, of whose first dimension no more than `readable` can be read: the next page ends the process."""
+    page, size = mmap.PAGESIZE, x[:readable].nbytes
+    before, after = (-(-each // page) * page for each in (size, x.nbytes - size + 1))
+    memory = mmap.mmap(-1, before + after)
+    flat = torch.frombuffer(memory, dtype=x.dtype)
+    guard = ctypes.c_void_p(flat.data_ptr() + before)
+    first = (before - size) // x.element_size()
+    flat[first:][: x[:readable].numel()] = x[:readable].flatten()
+    assert ctypes.CDLL(None).mprotect(guard, ctypes.c_size_t(after), PROT_NONE) == 0
+    return flat[first:][: x.numel()].view(x.shape)
+
+
+def test_keys_after_the_last_row_are_not_read(large_steps):
+    """Nor anything after the last key."""
+    case = draw(4, 16, 150, rows=20, dtype=torch.float32, first=110)
+    seen, counts = int((case.pos_k < case.rows.stop).sum()), case.by_class
+    assert 64 < seen < 128
+    k, pos_k = guarded(case.k_KGD.contiguous(), seen), guarded(case.pos_k, 150)
+    counts = replace(counts, key_item=guarded(counts.key_item, 150), key_class=guarded(counts.key_class, 150))
+    there = replace(case, k_KGD=k, pos_k=pos_k, by_class=counts)
+    assert_lse(passes.row_lse(*there.inputs, scale=SCALE), case)
+    assert_masses(passes.key_masses(*there.inputs, there.lse_HR, scale=SCALE, by_class=counts), case)
 
 
 def test_keys_in_any_layout(large_steps):

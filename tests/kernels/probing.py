@@ -1,6 +1,7 @@
 """Cases of the probe's passes, and how far fp32 kernels may be from the fp64 result. Letters as in kernels/probe.py."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,7 +50,13 @@ class Case:
 
 
 def draw(
-    group: int, dim: int, keys: int, rows: int = 64, dtype: torch.dtype = torch.float64, first: int | None = None
+    group: int,
+    dim: int,
+    keys: int,
+    rows: int = 64,
+    dtype: torch.dtype = torch.float64,
+    first: int | None = None,
+    has_gaps: bool = True,
 ) -> Case:
     """first: position of row 0; by default most keys are before it, some among the rows and some after them.
 
@@ -62,7 +69,7 @@ def draw(
     beside = torch.full((keys, heads // group, dim + 16), float("nan"), dtype=dtype)
     k = beside[..., :dim]
     k.copy_(torch.randn(keys, heads // group, dim, generator=generator, dtype=torch.float64))
-    span = keys + keys // 4
+    span = keys + keys // 4 if has_gaps else keys
     pos_k = torch.randperm(span, generator=generator)[:keys].sort().values
     first = max(0, span - rows - 20) if first is None else first
     k[pos_k >= first + rows] = float("nan")

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_mm.kernels.triton_backend.configs import TILE, choose_config, padded, precision_of
+from sglang_mm.kernels.triton_backend.configs import JOIN_ROWS, JOIN_WARPS, TILE, choose_config, padded, precision_of
 from sglang_mm.kernels.triton_backend.variant import ARCHS, Variant
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -266,9 +266,11 @@ def _attend_variant(dim: int, dtype: str, lse_only: bool, arch: int) -> Variant:
 
 
 def _join_variant() -> Variant:
-    constexprs = {"HEADS": 1, "D": 128, "E": 128, "BM": 128, "SUBTILES": 1, "LSE_ONLY": False}
+    constexprs = {
+        "HEADS": 1, "D": 128, "E": 128, "BM": JOIN_ROWS, "SUBTILES": TILE // JOIN_ROWS, "LSE_ONLY": False
+    }  # fmt: skip
     signature, divisible = _signature(join_kernel, constexprs, {}), _divisible(join_kernel, constexprs, ())
-    return Variant("join-128", join_kernel, signature, constexprs, divisible, num_warps=8, num_stages=3)
+    return Variant("join-128", join_kernel, signature, constexprs, divisible, JOIN_WARPS, num_stages=3)
 
 
 def _signature(kernel, constexprs: dict, known: dict[str, str]) -> dict[str, str]:

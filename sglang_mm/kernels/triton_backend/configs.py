@@ -12,6 +12,8 @@ from triton import next_power_of_2
 TILE = 128
 """Rows of a program's tile, at most."""
 LARGEST_HEAD = 128
+JOIN_ROWS, JOIN_WARPS = 32, 4
+"""Rows of a step where parts of a split item are joined."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,16 @@ from sglang_mm.kernels.merge import empty_state
 from sglang_mm.kernels.packing import Packed, pack, packing_order
 from sglang_mm.kernels.problem import Problem, capability_of
 from sglang_mm.kernels.triton_backend.attention import attend_kernel, join_kernel
-from sglang_mm.kernels.triton_backend.configs import LARGEST_HEAD, TILE, Config, choose_config, padded, precision_of
+from sglang_mm.kernels.triton_backend.configs import (
+    JOIN_ROWS,
+    JOIN_WARPS,
+    LARGEST_HEAD,
+    TILE,
+    Config,
+    choose_config,
+    padded,
+    precision_of,
+)
 from sglang_mm.kernels.triton_backend.works import make_works
 from sglang_mm.types import TileProgram
 
@@ -81,10 +90,7 @@ def _launch_here(q_THD, k_KHD, v_KHD, program: TileProgram, scale: float, out_TH
     state = (lse_HT if out_THD is None else out_THD, lse_HT, lse_HT if slot_out is None else slot_out, slot_lse)
     rows = (program.rows, program.row_ptr, program.item_unit, program.item_rows, works.unit_heads)
     out_row = 0 if out_THD is None else out_THD.stride(0)
-    shape = {
-        "HEADS": heads, "D": head_dim, "E": width, "BM": config.rows, "SUBTILES": subtiles,
-        "LSE_ONLY": out_THD is None,
-    }  # fmt: skip
+    shape = {"HEADS": heads, "D": head_dim, "E": width, "LSE_ONLY": out_THD is None}
     attend_kernel[(len(works.item) * heads * subtiles,)](
         q_THD, *_keys(packed, config, width), *state,
         program.pos_q, order.pos, *rows, works.item, works.slot, works.full, works.part,
@@ -93,12 +99,13 @@ def _launch_here(q_THD, k_KHD, v_KHD, program: TileProgram, scale: float, out_TH
         _one_more(program.part_bounds), _one_more(program.part_live), _one_more(program.bounds), program.live,
         q_THD.stride(0), q_THD.stride(1), packed.k_NHD.stride(0), packed.k_NHD.stride(1), out_row, lse_HT.stride(0),
         scale * LOG2_E,
-        **shape, GROUP=program.group, BN=config.keys, TMA=config.tma, PRECISION=precision_of(q_THD.dtype),
-        num_warps=config.warps, num_stages=config.stages,
+        **shape, GROUP=program.group, BM=config.rows, BN=config.keys, SUBTILES=subtiles,
+        TMA=config.tma, PRECISION=precision_of(q_THD.dtype), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    join_kernel[(len(works.split_item) * heads * subtiles,)](
-        *state, *rows, works.split_item, works.split_slots, out_row, lse_HT.stride(0), **shape, num_warps=4
-    )
+    join_kernel[(len(works.split_item) * heads * (TILE // JOIN_ROWS),)](
+        *state, *rows, works.split_item, works.split_slots, out_row, lse_HT.stride(0),
+        **shape, BM=JOIN_ROWS, SUBTILES=TILE // JOIN_ROWS, num_warps=JOIN_WARPS,
+    )  # fmt: skip
 
 
 def _keys(packed: Packed, config: Config, width: int) -> tuple:

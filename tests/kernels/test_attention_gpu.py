@@ -1,0 +1,72 @@
+"""The attention kernel on a CUDA device: numbers against the reference, and that nothing waits for the device."""
+
+import pytest
+import torch
+
+from sglang_mm.kernels import causal_attention, empty_state
+from sglang_mm.kernels.tiles import attend_tiles, tile_lse
+from sglang_mm.kernels.triton_backend import launch, works
+from tests.exactness.layers import SCALE
+from tests.exactness.oracle import largest
+from tests.exactness.tables import Item, tile_program
+from tests.kernels import oracle
+from tests.kernels.test_causal_attention import POSITIONS
+from tests.kernels.test_causal_attention import draw as draw_causal
+from tests.kernels.test_tiles import KEYS, POS_K, POS_Q, ROWS, TWO_UNITS, draw
+
+pytestmark = pytest.mark.gpu
+EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+
+
+def on_device(program):
+    tensors = {name: each.cuda() for name, each in vars(program).items() if isinstance(each, torch.Tensor)}
+    return type(program)(**vars(program) | tensors)
+
+
+@pytest.fixture(params=["whole items", "split items"])
+def parts(request, monkeypatch):
+    if request.param == "split items":
+        monkeypatch.setattr(works, "SHORTEST", 1)
+
+
+@pytest.mark.parametrize("dim", [8, 33, 64, 80, 96, 128])
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+def test_values(dtype, dim, parts):
+    """Weights are rounded to the dtype of v, by half an eps each; sums and exponentials are of fp32."""
+    q, k, v = (each.cuda() for each in draw(3, 1, dtype, dim))
+    program = on_device(TWO_UNITS)
+    out, lse = empty_state(q)
+    launch.attend(q, k, v, program, SCALE, out, lse)
+    want, lse_want = attend_tiles(q.double(), k.double(), v.double(), program, scale=SCALE)
+    score = SCALE * largest(q.double().norm(dim=-1)) * largest(k.double().norm(dim=-1))
+    fp32 = 8 * 2.0**-23 * (1 + score)
+    assert torch.equal(lse.isinf(), lse_want.isinf())
+    assert largest((lse - lse_want)[lse_want.isfinite()]) <= fp32 * max(1, largest(lse_want))
+    assert largest(out - want) <= (fp32 + EPS[dtype] / 2) * largest(v)
+    alone = torch.full_like(lse, float("-inf"))
+    launch.add_lse(q, k, program, SCALE, alone)
+    assert largest((alone - tile_lse(q, k, program, scale=SCALE))[lse.isfinite()]) <= fp32 * max(1, largest(lse_want))
+
+
+@pytest.mark.parametrize("positions", [each for each in POSITIONS.values() if all(map(len, each))])
+def test_causal_attention(positions):
+    q, k, v = (each.cuda() for each in draw_causal(*positions, (6, 2, 80), torch.float16))
+    out, lse = causal_attention(q, k, v, *positions, scale=0.21, backend="triton")
+    want = oracle.exact(q, k, v, *positions, 0.21)
+    limits = oracle.tolerances(want, q, k, v, *positions, 0.21, torch.float32, merges=1)
+    assert torch.equal(lse.isinf(), want[1].isinf())
+    assert largest(out - want[0]) <= limits[0] + EPS[torch.float16] / 2 * largest(v)
+    assert largest((lse - want[1])[want[1].isfinite()]) <= limits[1]
+
+
+def test_nothing_waits_for_the_device():
+    q, k, v = (each.cuda() for each in draw(3, 1, torch.float16, 64))
+    program = on_device(tile_program(POS_Q, POS_K, ROWS, KEYS, [Item(0, 0, full=[(0, 2)])], ((0, 1, 2),), 3))
+    state = empty_state(q)
+    launch.attend(q, k, v, program, SCALE, *state)  # compiles, and copies what is copied once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        launch.attend(q, k, v, program, SCALE, *state)
+        launch.add_lse(q, k, program, SCALE, state[1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
