@@ -35,7 +35,7 @@ class TileProgram:
 
     full_ptr int64 [items + 1], full_tile, full_count int32 [F]: runs of key tiles [tile, tile + count) without a mask.
     part_ptr int64 [items + 1], part_tile, part_count, part_bounds, part_live int32 [P]: runs with a mask; part_live is
-    -1, or a row of `live` (count is 1 then).
+    -1, or a row of `live` (count is 1 then). Counts are 1 at least, but for an item's only entry, and no tile is empty.
     bounds int32 [B, 4]: lo, hi, k_lo, k_hi, with INF for none. live int64 [L, 2]: 128 bits, the lowest first.
     """
 

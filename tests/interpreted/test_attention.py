@@ -53,7 +53,7 @@ def assert_exact(actual, q, k, v, seen_HTK, merges: int = 1) -> None:
         assert error <= limit, f"{name}: error {error:.2e} > {limit:.2e}"
 
 
-@pytest.mark.parametrize("dim", [8, 33, 64, 80, 96, 128])
+@pytest.mark.parametrize("dim", [8, 40, 64, 80, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_values(dtype, dim):
     q, k, v = draw(3, 1, dtype, dim)

@@ -64,14 +64,15 @@ def check_order(made, program, processors: int, shortest: int) -> None:
     lengths = (made.full[:, 2] - made.full[:, 1] + made.part[:, 2] - made.part[:, 1])[made.item >= 0]
     assert not len(lengths) or int(lengths.max()) <= share
     in_parts = made.slot >= 0
-    assert made.slot[in_parts].tolist() == list(range(int(in_parts.sum())))
-    assert int(in_parts.sum()) <= made.slots
+    taken = [slot + head for item, slot in zip(made.item, made.slot) if slot >= 0 for head in range(int(heads[item]))]
+    assert [int(slot) for slot in taken] == list(range(len(taken))) and len(taken) <= made.slots
     split = [
-        (item, range(*slots)) for item, slots in zip(made.split_item.tolist(), made.split_slots.tolist()) if item >= 0
+        (item, slot)
+        for item, slots in zip(made.split_item.tolist(), made.split_slots.tolist())
+        for slot in range(*slots)
+        if item >= 0
     ]
-    assert [(item, slot) for item, slots in split for slot in slots] == [
-        (item, slot) for item, slot in zip(made.item.tolist(), made.slot.tolist()) if slot >= 0
-    ]
+    assert split == [(item, slot) for item, slot in zip(made.item.tolist(), made.slot.tolist()) if slot >= 0]
     whole = made.item[(made.item >= 0) & ~in_parts].long()
     unit = program.item_unit[whole]
     assert bool((unit.diff() >= 0).all())
@@ -89,4 +90,4 @@ def test_a_long_row_among_short_ones_is_split():
     assert made.slot.tolist()[:8] == list(range(8)), "208 visits, shares of 26: eight parts of 25"
     assert made.item.tolist()[:12] == [0] * 8 + [1, 2, 3, 4]
     assert made.split_item.tolist()[0] == 0 and set(made.split_item.tolist()[1:]) == {-1}
-    assert made.split_slots[0].tolist() == [0, 8]
+    assert made.split_slots[0].tolist() == [0, 8, 1]

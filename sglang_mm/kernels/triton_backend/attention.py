@@ -72,7 +72,7 @@ def attend_kernel(
     acc = acc / total[:, None]
     slot = tl.load(WORK_SLOT + work)
     if slot >= 0:
-        row_of_slot = (slot * (HEADS * SUBTILES) + place) * BM + tl.arange(0, BM)
+        row_of_slot = (slot * SUBTILES + place) * BM + tl.arange(0, BM)
         tl.store(SLOT_LSE + row_of_slot, lse)
         if not LSE_ONLY:
             tl.store(SLOT_OUT + row_of_slot[:, None] * E + d[None, :], acc)
@@ -216,8 +216,9 @@ def join_kernel(
     row = tl.load(ROWS + at, mask=is_row, other=0).to(tl.int64)
     lse = tl.full([BM], float("-inf"), tl.float32)
     acc = tl.zeros([BM, E], tl.float32)
-    for slot in range(tl.load(SPLIT_SLOTS + split * 2), tl.load(SPLIT_SLOTS + split * 2 + 1)):
-        part = (slot * (HEADS * SUBTILES) + place) * BM + m
+    step = tl.load(SPLIT_SLOTS + split * 3 + 2)
+    for slot in range(tl.load(SPLIT_SLOTS + split * 3), tl.load(SPLIT_SLOTS + split * 3 + 1), step):
+        part = (slot * SUBTILES + place) * BM + m
         lse_part = tl.load(SLOT_LSE + part)
         high = tl.maximum(lse, lse_part)
         high = tl.where(high == float("-inf"), 0.0, high)

@@ -33,7 +33,7 @@ def choose_config(capability: int, dtype: torch.dtype, head_dim: int) -> Config:
         return Config(16, 32, 8, 1, tma=False)
     if capability == 0 or capability // 10 in (9, 10):
         keys = 32 if capability >= 100 and head_dim > 64 else 64
-        return Config(128, keys, 8, 3, tma=head_dim % 8 == 0)  # descriptors want rows of a multiple of 16 bytes
+        return Config(128, keys, 8, 3, tma=True)
     if capability == 80:
         return Config(128, 64, 8, 3, tma=False)
     return Config(64, 64 if head_dim <= 64 else 32, 4, 3, tma=False)  # 99 KiB of shared memory

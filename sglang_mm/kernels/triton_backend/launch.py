@@ -42,8 +42,8 @@ def unfit(problem: Problem) -> str | None:
         return f"needs sm_80 or later, not {problem.name}"
     if problem.dtype not in DTYPES or (INTERPRETED and problem.dtype == torch.bfloat16):
         return f"does not take {problem.dtype}" + (" in the interpreter" if INTERPRETED else "")
-    if not 0 < problem.head_dim <= LARGEST_HEAD:
-        return f"takes head dims up to {LARGEST_HEAD}, not {problem.head_dim}"
+    if problem.head_dim % 8 or not 0 < problem.head_dim <= LARGEST_HEAD:
+        return f"takes head dims that are multiples of 8 up to {LARGEST_HEAD}, not {problem.head_dim}"
     return None
 
 
@@ -83,7 +83,7 @@ def _launch_here(q_THD, k_KHD, v_KHD, program: TileProgram, scale: float, out_TH
     packed = pack(k_KHD, v_KHD, order)
     works = make_works(program, order.start, config.keys, _processors(q_THD.device))
     heads, subtiles = works.unit_heads.shape[1], TILE // config.rows
-    slot_lse = lse_HT.new_empty(works.slots * heads * TILE)
+    slot_lse = lse_HT.new_empty(works.slots * TILE)
     slot_out = None if out_THD is None else lse_HT.new_empty(len(slot_lse), width)
     if q_THD.stride(2) != 1:
         q_THD = q_THD.contiguous()

@@ -47,7 +47,8 @@ class Works:
 
     unit_heads int32 [units, heads]: -1 where a unit has fewer. item, slot int32 [W]: slot is -1 for whole items.
     full, part int32 [W, 4]: entry, first visit, last visit, first visit of that entry; counted within the item.
-    split_item int32 [S], split_slots int32 [S, 2]: first and last slot. slots: how many there can be.
+    A work takes a slot for each of its unit's heads. split_item int32 [S]; split_slots int32 [S, 3]: first slot, one past
+    the last, heads. slots: how many there can be.
     """
 
     full_entries: Entries
@@ -70,33 +71,36 @@ def make_works(program: TileProgram, start: Tensor, step: int, processors: int) 
     full = _entries(program.full_ptr, program.full_tile, program.full_count, start, step)
     part = _entries(program.part_ptr, program.part_tile, program.part_count, start, step)
     unit_heads = heads_of_units(program.heads, program.rows.device)
-    fewest = min(map(len, program.heads), default=1)
+    unit = program.item_unit.long()
+    heads = (unit_heads >= 0).sum(1)[unit]
     visits = full.visits + part.visits
-    pieces, length = _split(visits, (unit_heads >= 0).sum(1)[program.item_unit.long()], SHARES * processors)
-    unit = program.item_unit.long() << 40
-    order = torch.argsort(torch.where(pieces > 1, -visits - (1 << 60), unit - visits), stable=True)
-    shares = SHARES * processors // fewest
+    pieces, length = _split(visits, heads, SHARES * processors)
+    order = torch.argsort(torch.where(pieces > 1, -visits - (1 << 60), (unit << 40) - visits), stable=True)
+    most = SHARES * processors // min(map(len, program.heads))  # extra parts, and split items: the heads share visits
     end = torch.cumsum(pieces[order], 0)
     begin = end - pieces[order]
-    number = torch.arange(program.items + shares, device=order.device)
+    number = torch.arange(program.items + most, device=order.device)
     place = torch.searchsorted(end, number, right=True)
     is_work, place = place < program.items, place.clamp(max=program.items - 1)
     item = order[place]
-    first = (number - begin[place]) * length[item]
+    nth = number - begin[place]
+    first = nth * length[item]
     last = torch.minimum(first + length[item], visits[item])
     whole = full.visits[item]
-    split = order[: shares + 1]
+    slots = (pieces * heads)[order]
+    slot = torch.cumsum(slots, 0) - slots
+    split = order[: most + 1]
     return Works(
         full_entries=full,
         part_entries=part,
         unit_heads=unit_heads,
         item=item.where(is_work, -1).int(),
-        slot=number.where(is_work & (pieces[item] > 1), -1).int(),
+        slot=(slot[place] + nth * heads[item]).where(is_work & (pieces[item] > 1), -1).int(),
         full=_ranges(full, item, torch.minimum(first, whole), torch.minimum(last, whole)),
         part=_ranges(part, item, (first - whole).clamp(min=0), (last - whole).clamp(min=0)),
         split_item=split.where(pieces[split] > 1, -1).int(),
-        split_slots=torch.stack([begin[: shares + 1], end[: shares + 1]], 1).int(),
-        slots=2 * shares + 2,
+        split_slots=torch.stack([slot, slot + slots, heads[order]], 1)[: most + 1].int(),
+        slots=2 * SHARES * processors,
     )
 
 
