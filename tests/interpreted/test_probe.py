@@ -15,7 +15,13 @@ import triton.language as tl
 from sglang_mm.kernels import probe
 from sglang_mm.kernels.triton_backend import probe as passes
 from sglang_mm.kernels.triton_backend.probe_kernels import _fixed
+from sglang_mm.patterns.catalog import Grid
+from sglang_mm.patterns.select.masses import Want, measure_masses
+from sglang_mm.patterns.select.probe import take_probe
+from sglang_mm.types import Modality
 from tests.kernels.probing import SCALE, UNITS, assert_lse, assert_masses, draw
+from tests.patterns.maps import Media, Text, token_map
+from tests.patterns.naive import hold
 
 pytestmark = pytest.mark.usefixtures("nan_poison", "one_thread")
 NAN, INF = float("nan"), float("inf")
@@ -151,6 +157,36 @@ def assert_alike(actual, expected) -> None:
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):
         assert torch.equal(kind(actual), kind(expected))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_the_selection_measures_alike(monkeypatch, large_steps):
+    """Probe and masses of a prompt with two frame sizes, by the kernels and by plain torch, both in fp32.
+
+    By `assert_lse` and `assert_masses`, with sums of |q| |k| up to 14 and log-sum-exps up to 10, each is off by less
+    than 2^-24 (14 * 37 + 300) = 4.9e-5: the log-sum-exps absolutely, masses relatively.
+    """
+    tokens = token_map(Text(30), Media(4, 3, 5, newline=True), Text(5), Media(9, 4, 6, before=2), Text(20))
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(len(tokens), heads, 16, generator=generator) for heads in (6, 2))
+    held, units = hold(q, k, tokens, SCALE), [(0, 1), (2,), (5,)]
+    assert SCALE * float((q.abs().flatten(0, 1) @ k.abs().flatten(0, 1).T).max()) < 14
+    wants = [
+        Want(0, None, Grid(slash=1, sink=0, window=1)),
+        Want(2, Modality.VIDEO, Grid(slash=2, sink=130, window=40)),
+    ]
+    found = []
+    for kernels in (None, passes):
+        monkeypatch.setattr(probe, "_triton_passes", lambda _, kernels=kernels: kernels)
+        found.append(measure_masses(held, take_probe(held, Modality.VIDEO, units), units, wants))
+    plain, ours = found
+    torch.testing.assert_close(ours.probe.lse_HR, plain.probe.lse_HR, rtol=0, atol=1e-4, equal_nan=True)
+    torch.testing.assert_close(ours.columns, plain.columns, rtol=1e-4, atol=0)
+    torch.testing.assert_close(ours.early, plain.early, rtol=1e-4, atol=0)
+    assert 1 < float(plain.probe.lse_HR.nan_to_num(1).abs().max()) < 10
+    assert list(ours.shifts) == list(plain.shifts) and len(ours.shifts) == 4
+    for key, mass in ours.shifts.items():
+        assert float((mass - plain.shifts[key]).abs().max()) <= 1e-4 * float(plain.shifts[key].max())
+        assert int(mass.max()) > probe.FIXED_POINT / 100
 
 
 def test_nan_stays_in_the_units_of_its_head(large_steps):

@@ -28,7 +28,7 @@ def row_lse_kernel(
     D: tl.constexpr, E: tl.constexpr, R: tl.constexpr, PER: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """OUT fp32 [parts, blocks * PER * R]."""
-    block = tl.program_id(0) % blocks
+    block = tl.program_id(0) % blocks  # blocks of one K/V head run at a time, and find its keys in the cache
     part = tl.program_id(0) // blocks
     begin = part * SPLIT
     whole, seen = _borders(POS_K, begin, keys, first, rows, R, SPLIT, BN)

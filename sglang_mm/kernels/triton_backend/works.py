@@ -47,8 +47,8 @@ class Works:
 
     unit_heads int32 [units, heads]: -1 where a unit has fewer. item, slot int32 [W]: slot is -1 for whole items.
     full, part int32 [W, 4]: entry, first visit, last visit, first visit of that entry; counted within the item.
-    A work takes a slot for each of its unit's heads. split_item int32 [S]; split_slots int32 [S, 3]: first slot, one past
-    the last, heads. slots: how many there can be.
+    A work takes a slot for each of its unit's heads. split_item int32 [S]; split_slots int32 [S, 3]: first slot, one
+    past the last, heads. slots: how many there can be.
     """
 
     full_entries: Entries

@@ -19,7 +19,7 @@ from sglang_mm.patterns.program import Shard
 from sglang_mm.patterns.select.heaviest import rank_key
 from sglang_mm.patterns.select.held import Heads, Held, Slots, make_slots
 from sglang_mm.patterns.select.masses import Want
-from sglang_mm.patterns.select.probe import Probe, scores_at_once
+from sglang_mm.patterns.select.probe import Probe
 from sglang_mm.types import Modality
 
 POOLED_AT_ONCE = 64  # blocks: 8192 tokens are converted to fp32 at a time
@@ -125,7 +125,7 @@ def _listed(
     is_listed_B = torch.zeros_like(counts_WB[0], dtype=torch.bool).index_fill_(0, listed_B, True)
     found = []
     for pool in rows:
-        at_once = max(1, scores_at_once(held) // (len(slots) * len(keys.blocks)))
+        at_once = max(1, scores_at_once(held.device) // (len(slots) * len(keys.blocks)))
         for blocks, mean in zip(pool.blocks.split(at_once), pool.mean.split(at_once)):
             before = keys.until(int(blocks[-1]) + 1 if len(blocks) else 1)
             p_UBE = slots.per_unit(_attention(held, slots, blocks, mean, before)) / slots.weights.sum(1)[:, None, None]

@@ -9,19 +9,17 @@ over all ranks, and in masses.py the probabilities that follow from it.
 R probe rows, K keys of a tile, H query heads, Z slots as in kernels/probe.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from sglang_mm.errors import ConfigError
-from sglang_mm.kernels import probe
-from sglang_mm.kernels.probe import SCORES
-from sglang_mm.patterns.select.held import Heads, Held, Slots, make_slots
+from sglang_mm.kernels.probe import row_lse
+from sglang_mm.patterns.select.held import Heads, Held, make_slots
 from sglang_mm.types import Modality, TokenMap
 
-__all__ = ["PROBE_ROWS", "SCORES", "Probe", "join_lse", "probe_range", "score_tiles", "scores_at_once", "take_probe"]
 PROBE_ROWS = 64
 
 
@@ -40,10 +38,6 @@ class Probe:
     @property
     def positions(self) -> Tensor:
         return torch.arange(self.rows.start, self.rows.stop, device=self.q_RHD.device)
-
-
-def scores_at_once(held: Held) -> int:
-    return probe.scores_at_once(held.device)
 
 
 def probe_range(tokens: TokenMap, modality: Modality | None, chunk: range) -> range:
@@ -73,7 +67,7 @@ def take_probe(held: Held, modality: Modality | None, units: Sequence[Heads]) ->
         return None
     q_RHD = _gather_queries(held, rows)
     heads = make_slots(units, held).heads
-    lse_HR = probe.row_lse(q_RHD, held.k_KGD, held.pos_k, rows, units, scale=held.scale)
+    lse_HR = row_lse(q_RHD, held.k_KGD, held.pos_k, rows, units, scale=held.scale)
     lse_HR[heads] = join_lse(held, lse_HR[heads])
     return Probe(modality, rows, q_RHD, lse_HR)
 
@@ -95,8 +89,3 @@ def _gather_queries(held: Held, rows: range) -> Tensor:
         given = f"probe rows {rows.start} .. {rows.stop - 1}, held by {found_RX[:, -1].int().tolist()} ranks"
         raise ConfigError(given, "one rank for each row", "pass every row of the chunk on one rank")
     return found_RX[:, :-1].reshape(len(rows), *held.q_THD.shape[1:])
-
-
-def score_tiles(held: Held, q_RHD: Tensor, rows: range, slots: Slots) -> Iterator[tuple[slice, Tensor]]:
-    """The scores of both passes in plain torch, as `kernels.probe.score_tiles` yields them."""
-    return probe.score_tiles(q_RHD, held.k_KGD, held.pos_k, rows, slots, scale=held.scale)
