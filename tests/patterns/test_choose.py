@@ -6,12 +6,13 @@ from itertools import pairwise
 import pytest
 import torch
 
+from sglang_mm.kernels.probe import SCORES
 from sglang_mm.patterns.catalog import Blocks, Grid, VerticalSlash
 from sglang_mm.patterns.select.choose import choose
 from sglang_mm.patterns.select.heaviest import heaviest, number_of, rank_key
 from sglang_mm.patterns.select.held import Held
 from sglang_mm.patterns.select.masses import Want
-from sglang_mm.patterns.select.probe import SCORES, take_probe
+from sglang_mm.patterns.select.probe import take_probe
 from sglang_mm.types import Axis, Modality
 from tests.patterns.maps import Media, Text, token_map
 from tests.patterns.naive import by_class, by_difference, by_distance, hold, probabilities

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sglang_mm.kernels.probe import SCORES
 from sglang_mm.patterns.catalog import Blocks, Grid, VerticalSlash
 from sglang_mm.patterns.select.held import Held
 from sglang_mm.patterns.select.lines import choose_lines
 from sglang_mm.patterns.select.masses import FIXED_POINT, Want, fixed, measure_masses
 from sglang_mm.patterns.select.pooled import choose_blocks
-from sglang_mm.patterns.select.probe import SCORES, take_probe
+from sglang_mm.patterns.select.probe import take_probe
 from sglang_mm.types import Axis, Modality
 from tests.patterns.maps import Media, Text, token_map
 from tests.patterns.naive import by_difference, by_distance, hold, probabilities

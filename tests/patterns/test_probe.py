@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from sglang_mm.errors import ConfigError
+from sglang_mm.kernels.probe import SCORES, score_tiles
 from sglang_mm.patterns.program import Shard
 from sglang_mm.patterns.select.held import Held, make_slots
 from sglang_mm.patterns.select.peers import Alone
-from sglang_mm.patterns.select.probe import SCORES, probe_range, score_tiles, take_probe
+from sglang_mm.patterns.select.probe import probe_range, take_probe
 from sglang_mm.types import Modality, Run
 from tests.patterns.maps import Media, Text, token_map
 from tests.patterns.naive import hold, layout_shards, probabilities, scores
@@ -95,7 +96,7 @@ def test_tiles_of_any_size_give_the_same_scores(monkeypatch):
     assert slots.heads.tolist() == [0, 0, 4, 5] and slots.weights.tolist() == [[1, 0, 0, 0], [0, 0, 1, 1]]
     for scores_at_once in (1, 4 * 64 * 7, 1 << 20):
         monkeypatch.setitem(SCORES, "cpu", scores_at_once)
-        tiles = list(score_tiles(held, q[182:246], rows, slots))
+        tiles = list(score_tiles(q[182:246], held.k_KGD, held.pos_k, rows, slots, scale=held.scale))
         assert max(tile.numel() for _, tile in tiles) <= max(scores_at_once, 4 * 64)
         assert [keys.start for keys, _ in tiles] == [0, *(keys.stop for keys, _ in tiles[:-1])]
         assert tiles[-1][0].stop == 246  # keys after the last probe row are left out

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sglang_mm.kernels.probe import scores_at_once
 from sglang_mm.patterns.chosen import BLOCK, BlockSet
 from sglang_mm.patterns.program import Shard
 from sglang_mm.patterns.select.heaviest import rank_key
