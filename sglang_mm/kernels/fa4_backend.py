@@ -263,6 +263,7 @@ def _library():
     return flash_attn_func, BlockSparseTensorsTorch
 
 
+@cache
 def _import_failure() -> str | None:
     """The library loads CUDA's own ones, which may be absent, or not fit it, in more than one way."""
     try:
@@ -271,6 +272,6 @@ def _import_failure() -> str | None:
         if (error.name or "").startswith("flash_attn"):
             return "needs flash-attn-4, which is not installed"
         return f"needs {error.name}, which flash-attn-4 imports and is not installed"
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+    except Exception as error:
         return f"needs flash-attn-4, whose import fails: {error}".splitlines()[0]
     return None

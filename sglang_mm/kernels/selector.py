@@ -4,8 +4,10 @@ A backend is a module with NAME, `unfit(problem)`, which says why it cannot, or 
 `attend(q, k, v, program, scale, out, lse)`, which merges the program's result into a state.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,7 +21,9 @@ from sglang_mm.types import TileProgram
 
 BACKENDS = {each.NAME: each for each in (fa4_backend, by_triton, flashinfer_backend, tiles)}
 ORDER = {"cuda": ("fa4", "triton", "flashinfer", "reference")}
-"""What `auto` tries, by kind of device; elsewhere the reference alone. flashinfer waits for the device in each plan."""
+"""What `auto` tries, by kind of device; elsewhere the reference alone. fa4 and flashinfer wait for the device once per
+program, to plan."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,8 @@ class Choice:
 
 def choose_backend(problem: Problem, backend: str = "auto") -> Choice:
     """Raises ConfigError for a backend that does not exist, or was asked for and cannot run."""
+    _check_name(backend)
     if backend != "auto":
-        if backend not in BACKENDS:
-            raise ConfigError(f"backend {backend!r}", f"auto, {', '.join(BACKENDS)}", "pass backend='auto'")
         why = BACKENDS[backend].unfit(problem)
         if why:
             raise ConfigError(f"backend {backend!r}: {why}", "one that can run here", "pass backend='auto'")
@@ -73,31 +76,56 @@ def sparse_attention(
     q_THD [T, Hq, D], k_KHD and v_KHD [K, Hkv, D], one dtype and device; scale > 0.
     state: (out [T, Hq, D], lse [Hq, T]) of other pieces, fp32 (fp64 for fp64 inputs), contiguous, changed in place.
     Returns the state with this piece in it; lse is the natural log-sum-exp of the scaled scores. A row that has seen no
-    key is (0, -inf). backend: a name of BACKENDS, or `auto`. Raises ConfigError for what does not fit together.
+    key is (0, -inf). backend: a name of BACKENDS, or `auto`; what runs is logged once.
+    Raises ConfigError for what does not fit together.
     """
     out, lse = empty_state(q_THD) if state is None else state
-    _validate(scale, out, lse, q_THD)
+    _check_name(backend)
+    _check_scale(scale)
+    _check_state(out, lse, q_THD)
     for program in programs:
         tiles.validate(q_THD, k_KHD, v_KHD, program)
-        choice = choose_backend(problem_of(q_THD, k_KHD, program), backend)
-        BACKENDS[choice.backend].attend(q_THD, k_KHD, v_KHD, program, scale, out, lse)
+        problem = problem_of(q_THD, k_KHD, program)
+        choice = choose_backend(problem, backend)
+        _say(str(choice), problem.name)
+        with torch.cuda.device_of(q_THD):  # kernels are launched on the current device
+            BACKENDS[choice.backend].attend(q_THD, k_KHD, v_KHD, program, scale, out, lse)
     return out, lse
 
 
 def sparse_lse(q_THD: Tensor, k_KHD: Tensor, programs: Sequence[TileProgram], *, scale: float) -> Tensor:
-    """The log-sum-exp [Hq, T] alone, without values: Triton's kernel where it can run on a GPU, else the reference."""
+    """The log-sum-exp [Hq, T] alone, without values: Triton's kernel where it can run, else the reference.
+
+    Raises ConfigError as `sparse_attention`.
+    """
+    _check_scale(scale)
     lse = q_THD.new_full((q_THD.shape[1], len(q_THD)), float("-inf"), dtype=state_dtype(q_THD.dtype))
     for program in programs:
-        if q_THD.device.type == "cuda" and by_triton.unfit(problem_of(q_THD, k_KHD, program)) is None:
-            by_triton.add_lse(q_THD, k_KHD, program, scale, lse)
+        tiles.validate(q_THD, k_KHD, None, program)
+        if by_triton.unfit(problem_of(q_THD, k_KHD, program)) is None:
+            with torch.cuda.device_of(q_THD):
+                by_triton.add_lse(q_THD, k_KHD, program, scale, lse)
         else:
             torch.logaddexp(lse, tiles.tile_lse(q_THD, k_KHD, program, scale=scale), out=lse)
     return lse
 
 
-def _validate(scale: float, out: Tensor, lse: Tensor, q_THD: Tensor) -> None:
+@cache
+def _say(choice: str, device: str) -> None:
+    log.info("tile programs on %s: %s", device, choice)
+
+
+def _check_name(backend: str) -> None:
+    if backend != "auto" and backend not in BACKENDS:
+        raise ConfigError(f"backend {backend!r}", f"auto, {', '.join(BACKENDS)}", "pass backend='auto'")
+
+
+def _check_scale(scale: float) -> None:
     if not scale > 0:
         raise ConfigError(f"scale {scale}", "a number above 0", "1 / sqrt(head dim) is what models are trained with")
+
+
+def _check_state(out: Tensor, lse: Tensor, q_THD: Tensor) -> None:
     dtype = state_dtype(q_THD.dtype)
     wanted = (tuple(q_THD.shape), (q_THD.shape[1], len(q_THD)))
     given = (tuple(out.shape), tuple(lse.shape))

@@ -107,6 +107,11 @@ def validate(q: Tensor, k: Tensor, v: Tensor | None, program: TileProgram) -> No
     if q.shape[1] != k.shape[1] * program.group or q.shape[2] != k.shape[2]:
         given = f"q {tuple(q.shape)}, k {tuple(k.shape)}"
         raise ConfigError(given, f"{program.group} query heads per K/V head, one head dim", "check the head split")
+    tensors = [each for each in (q, k, v) if each is not None]
+    if len({(each.dtype, each.device) for each in tensors}) > 1 or program.rows.device != q.device:
+        given = ", ".join(f"{each.dtype} on {each.device}" for each in tensors)
+        given += f", a program on {program.rows.device}"
+        raise ConfigError(given, "one dtype and one device", "convert k and v, and compile where the tensors are")
     if v is not None and v.shape != k.shape:
         raise ConfigError(f"v {tuple(v.shape)}", f"{tuple(k.shape)}, as k", "pass keys and values of one piece")
     last = max((head for unit in program.heads for head in unit), default=0)

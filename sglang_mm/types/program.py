@@ -30,12 +30,12 @@ class TileProgram:
     heads: per unit, the query heads it stands for, one K/V group; group: query heads per K/V head.
 
     rows int32 [R], row_ptr int64 [row tiles + 1]: tile t holds rows[row_ptr[t] : row_ptr[t + 1]], in order of position.
-    keys int32 [N], key_ptr int64 [key tiles + 1]: the same for keys of the piece; at most 128 a tile.
+    keys int32 [N], key_ptr int64 [key tiles + 1]: the same for keys of the piece. Tiles hold 1 to 128.
     item_unit, item_rows int32 [items]: unit and tile of rows of each item. A row occurs once per unit at most.
 
     full_ptr int64 [items + 1], full_tile, full_count int32 [F]: runs of key tiles [tile, tile + count) without a mask.
     part_ptr int64 [items + 1], part_tile, part_count, part_bounds, part_live int32 [P]: runs with a mask; part_live is
-    -1, or a row of `live` (count is 1 then). Counts are 1 at least, but for an item's only entry, and no tile is empty.
+    -1, or a row of `live` (count is 1 then). Counts are 1 at least, but for an item's only entry.
     bounds int32 [B, 4]: lo, hi, k_lo, k_hi, with INF for none. live int64 [L, 2]: 128 bits, the lowest first.
     """
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, given, settings
 
 from sglang_mm.errors import ConfigError
 from sglang_mm.kernels import causal_attention, empty_state, merge, sparse_attention
@@ -21,6 +21,7 @@ from tests.kernels.test_tiles import CAUSAL, FIRST, KEYS, NAN, POS_K, POS_Q, ROW
 
 pytestmark = pytest.mark.usefixtures("nan_poison", "one_thread")
 LARGE_STEPS = Config(128, 64, 4, 2, tma=False)
+HALF_TILES = Config(64, 32, 4, 3, tma=False)
 
 
 @pytest.fixture
@@ -102,11 +103,36 @@ def test_scores_too_large_for_exp(large_steps):
     assert float((out - want).abs().max()) < float(lse_want[lse_want.isfinite()].abs().max()) * 2**-23 * 16
 
 
+def test_nan_is_not_taken_for_a_row_without_keys(small_parts):
+    """Rows that see a NaN are NaN, with one part or several; others are not."""
+    q, k, v = draw(1, 1, torch.float32)
+    k[3] = NAN
+    items = [Item(0, 0, full=[(0, 4)]), Item(0, 1, full=[(0, 2)])]
+    program = tile_program(POS_Q, POS_K, ROWS, [[0], [1], [3], [2]], items)
+    for each in (run(q, k, v, program), attend_tiles(q, k, v, program, scale=SCALE)):
+        assert each[0][[0, 2], 0].isnan().all() and each[1][0, [0, 2]].isnan().all()
+        assert each[0][[1, 3]].isfinite().all() and not each[1][:, [1, 3]].isnan().any()
+
+
+def test_split_halves_of_a_tile(small_parts, monkeypatch):
+    """128 rows in steps of 64, in parts: each half has slots of its own."""
+    monkeypatch.setattr(launch, "choose_config", lambda *_: HALF_TILES)
+    draw_from = torch.Generator().manual_seed(2)
+    q, k, v = torch.randn(3, 128, 2, 8, generator=draw_from)
+    items = [Item(0, 0, full=[(0, 3)], part=[(3, 1, CAUSAL, None)])]
+    keys = [range(first, first + 32) for first in range(0, 128, 32)]
+    program = tile_program(torch.arange(128), torch.arange(128), [range(128)], keys, items, ((0, 1),), 2)
+    shown = torch.ones(2, 128, 128, dtype=torch.bool)
+    shown[..., 96:] = (torch.arange(128)[:, None] >= torch.arange(96, 128)).expand(2, -1, -1)
+    assert_exact(run(q, k[:, :1], v[:, :1], program), q, k[:, :1], v[:, :1], shown)
+
+
 def test_rows_of_queries_may_have_any_stride(large_steps):
     q, k, v = draw(3, 1, torch.float32)
     fused = torch.full((4, 9, 16), NAN)
     fused[:, 1:8:3, 4:12] = q
-    for strided in (fused[:, 1:8:3, 4:12], q.transpose(1, 2).contiguous().transpose(1, 2)):
+    head_major = q.transpose(0, 1).contiguous().transpose(0, 1)
+    for strided in (fused[:, 1:8:3, 4:12], head_major, q.transpose(1, 2).contiguous().transpose(1, 2)):
         assert all(map(torch.equal, run(strided, k, v, TWO_UNITS), run(q, k, v, TWO_UNITS)))
 
 
@@ -136,7 +162,7 @@ def test_nothing_to_attend():
         assert not out.any() and lse.tolist() == [[float("-inf")] * 4]
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=8, phases=[Phase.explicit, Phase.generate])  # to shrink would take minutes
 @given(layers(), seeds)
 def test_compiled_programs(steps_and_parts, layer: Layer, seed):
     """Any pattern, boundary, head group and ownership; of each layer the first program that is neither empty nor long.
@@ -166,11 +192,12 @@ def _visits(program) -> int:
     return int(heads.max() * tiles * 2) if len(heads) else 0
 
 
-@pytest.fixture(scope="module", params=["whole items", "split items"])
+@pytest.fixture(scope="module", params=["whole items", "split items", "split items, half tiles"])
 def steps_and_parts(request):
+    config = HALF_TILES if "half" in request.param else LARGE_STEPS
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "choose_config", lambda *_: LARGE_STEPS)
-        if request.param == "split items":
+        patch.setattr(launch, "choose_config", lambda *_: config)
+        if "split" in request.param:
             patch.setattr(works, "SHORTEST", 1)
             patch.setattr(launch, "_processors", lambda _: 3)
         yield

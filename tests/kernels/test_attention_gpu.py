@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sglang_mm.kernels import causal_attention, empty_state
+from sglang_mm.kernels.causal import causal_program
 from sglang_mm.kernels.tiles import attend_tiles, tile_lse
 from sglang_mm.kernels.triton_backend import launch, works
 from tests.exactness.layers import SCALE
@@ -70,3 +71,43 @@ def test_nothing_waits_for_the_device():
         launch.add_lse(q, k, program, SCALE, state[1])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture(scope="module")
+def many_tiles():
+    """28 heads over 4 K/V heads, 1500 rows in two stretches, as a rank has them; q in order of heads."""
+    positions = torch.cat([torch.arange(700), torch.arange(2200, 3000)]).cuda()
+    draw_from = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(heads, 1500, 128, generator=draw_from).bfloat16().cuda() for heads in (28, 4, 4))
+    return *(each.transpose(0, 1) for each in (q, k, v)), causal_program(positions, positions, 4, 7)
+
+
+def test_many_tiles_in_bf16(many_tiles, parts):
+    q, k, v, program = many_tiles
+    out, lse = empty_state(q)
+    launch.attend(q, k, v, program, 128**-0.5, out, lse)
+    want, lse_want = attend_tiles(q.double(), k.double(), v.double(), program, scale=128**-0.5)
+    assert largest(out - want) <= (2.0**-16 + EPS[torch.bfloat16] / 2) * largest(v)
+    assert largest(lse - lse_want) <= 2.0**-19 * max(1, largest(lse_want))
+
+
+def test_the_same_bits_every_time(many_tiles, parts):
+    q, k, v, program = many_tiles
+    states = [empty_state(q) for _ in range(3)]
+    for state in states:
+        launch.attend(q, k, v, program, 128**-0.5, *state)
+    assert all(torch.equal(a, b) for state in states[1:] for a, b in zip(state, states[0]))
+
+
+def test_in_a_cuda_graph_on_a_stream_of_its_own(many_tiles):
+    q, k, v, program = many_tiles
+    want, state = empty_state(q), empty_state(q)
+    launch.attend(q, k, v, program, 128**-0.5, *want)  # compiles, and copies what is copied once
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch.attend(q, k, v, program, 128**-0.5, *state)
+    state[0].zero_(), state[1].fill_(float("-inf"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, state, want))

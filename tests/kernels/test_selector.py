@@ -60,14 +60,19 @@ def test_an_absent_library_is_a_reason_and_the_next_backend(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    fa4_backend._library.cache_clear()
+    clear_caches()
     try:
         choice = choose_backend(H100)
         assert choice.backend == "triton" and "flash-attn-4" in str(choice)
         with pytest.raises(ConfigError, match=r"backend 'fa4'.*flash-attn-4.*pass backend='auto'"):
             choose_backend(H100, "fa4")
     finally:
-        fa4_backend._library.cache_clear()
+        clear_caches()
+
+
+def clear_caches() -> None:
+    fa4_backend._library.cache_clear()
+    fa4_backend._import_failure.cache_clear()
 
 
 def test_what_was_asked_for_and_cannot_run_is_refused():

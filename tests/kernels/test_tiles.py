@@ -126,6 +126,13 @@ def test_shapes_that_do_not_fit_are_refused(change, message):
         attend_tiles(*(torch.zeros(shape) for shape in shapes.values()), TWO_UNITS, scale=SCALE)
 
 
+def test_dtypes_that_differ_are_refused():
+    q, k, v = draw(3, 1)
+    for wrong in ((q, k.float(), v), (q, k, v.half()), (q.bfloat16(), k, v)):
+        with pytest.raises(ConfigError, match=r"float64.*one dtype and one device"):
+            attend_tiles(*wrong, TWO_UNITS, scale=SCALE)
+
+
 def test_units_of_other_heads_are_refused():
     program = replace(TWO_UNITS, heads=((0, 1), (3,)))
     with pytest.raises(ConfigError, match=r"heads 0 \.\. 2.*heads of units up to 3"):

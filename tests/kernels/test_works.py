@@ -10,6 +10,7 @@ from sglang_mm.kernels.triton_backend import works
 from sglang_mm.kernels.triton_backend.works import make_works
 from tests.exactness.layers import Layer
 from tests.exactness.strategies import layers
+from tests.exactness.tables import Item, tile_program
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,6 +42,8 @@ def test_works_cover_each_item_once(layer: Layer, step, processors, shortest):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(works, "SHORTEST", shortest)
         for program in [program for *_, program in layer.programs[:6] if program.items]:
+            assert bool((program.full_count > 0).all()) and bool((program.part_count > 0).all())
+            assert bool((program.key_ptr.diff() > 0).all()) and int(program.row_ptr.diff().max()) <= 128
             order = packing_order(program)
             made = make_works(program, order.start, step, processors)
             full, part = [[] for _ in range(program.items)], [[] for _ in range(program.items)]
@@ -79,9 +82,31 @@ def check_order(made, program, processors: int, shortest: int) -> None:
     assert bool(((visits[whole].diff() <= 0) | (unit.diff() > 0)).all())
 
 
-def test_a_long_row_among_short_ones_is_split():
-    from tests.exactness.tables import Item, tile_program
+def program_of(visits: list[int], heads: tuple[tuple[int, ...], ...]):
+    """An item of 128 rows for each unit, of so many visits of 64 keys."""
+    keys = [range(first, first + 64) for first in range(0, 64 * max(visits), 64)]
+    items = [Item(unit, 0, full=[(0, count)]) for unit, count in enumerate(visits)]
+    group = sum(map(len, heads))
+    return tile_program(torch.arange(128), torch.arange(64 * max(visits)), [range(128)], keys, items, heads, group)
 
+
+@pytest.mark.parametrize(
+    ("visits", "heads", "processors", "slots"),
+    [
+        ([4, 4, 4], ((0,), (1,), (2,)), 1, 6),  # a share of 3: two parts each, more than the four shares there are
+        ([90, 2], (tuple(range(7)), (7,)), 8, 35),  # 632 visits, a share of 20: five parts of seven heads
+        ([2, 90], (tuple(range(7)), (7,)), 8, 23),  # 104 visits, a share of 4
+        ([90, 2], (tuple(range(7)), (7,)), 1, 0),  # a share of 158
+    ],
+)
+def test_slots_suffice_for_units_of_any_size(visits, heads, processors, slots, monkeypatch):
+    monkeypatch.setattr(works, "SHORTEST", 1)
+    program = program_of(visits, heads)
+    made = make_works(program, packing_order(program).start, 64, processors)
+    assert int(made.split_slots[:, 1].where(made.split_item >= 0, 0).max()) == slots <= made.slots
+
+
+def test_a_long_row_among_short_ones_is_split():
     keys = [range(first, first + 128) for first in range(0, 128 * 100, 128)]
     items = [Item(0, 0, full=[(0, 100)]), *(Item(unit, 0, full=[(unit, 1)]) for unit in range(1, 5))]
     heads = tuple((head,) for head in range(5))

@@ -13,35 +13,35 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_mm.kernels.triton_backend.configs import JOIN_ROWS, JOIN_WARPS, TILE, choose_config, padded, precision_of
+from sglang_mm.kernels.triton_backend.configs import JOIN_ROWS, JOIN_WARPS, TILE, choose_config, padded
 from sglang_mm.kernels.triton_backend.variant import ARCHS, Variant
 
 LN2 = tl.constexpr(0.6931471805599453)
 NO_POSITION = tl.constexpr(2**31 - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "lse_head"])
 def attend_kernel(
     Q, K, V, OUT, LSE, SLOT_OUT, SLOT_LSE,
     POS_Q, POS_K, ROWS, ROW_PTR, ITEM_UNIT, ITEM_ROWS, UNIT_HEADS,
     WORK_ITEM, WORK_SLOT, WORK_FULL, WORK_PART,
     FULL_KEY, FULL_STOP, FULL_END,
     PART_KEY, PART_STOP, PART_END, PART_BOUNDS, PART_LIVE, BOUNDS, LIVE,
-    q_row, q_head, kv_key, kv_head, out_row, lse_head, scale_log2,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    q_row, q_head, kv_key, kv_head, out_row, lse_head, scale_log2, heads,
+    GROUP: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SUBTILES: tl.constexpr,
-    TMA: tl.constexpr, LSE_ONLY: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, LSE_ONLY: tl.constexpr,
 ):  # fmt: skip
-    """Tables as `works.py` makes them. HEADS: the most of any unit. SUBTILES: parts of BM rows of a tile.
+    """Tables as `works.py` makes them. heads: the most of any unit. SUBTILES: parts of BM rows of a tile.
 
     K, V: pointers to [N, Hkv, D], or with TMA descriptors of it, of blocks [BN, 1, E]. scale_log2: scale * log2(e).
     """
-    place = tl.program_id(0) % (HEADS * SUBTILES)
-    work = tl.program_id(0) // (HEADS * SUBTILES)
+    place = tl.program_id(0) % (heads * SUBTILES)
+    work = tl.program_id(0) // (heads * SUBTILES)
     item = tl.load(WORK_ITEM + work)
     if item < 0:
         return
-    head = tl.load(UNIT_HEADS + tl.load(ITEM_UNIT + item) * HEADS + place // SUBTILES)
+    head = tl.load(UNIT_HEADS + tl.load(ITEM_UNIT + item) * heads + place // SUBTILES)
     if head < 0:
         return
     tile = tl.load(ITEM_ROWS + item)
@@ -50,7 +50,7 @@ def attend_kernel(
     row = tl.load(ROWS + at, mask=is_row, other=0).to(tl.int64)
     d = tl.arange(0, E)
     in_head = is_row[:, None] & (d < D)[None, :]
-    q = tl.load(Q + row[:, None] * q_row + head * q_head + d[None, :], mask=in_head, other=0.0)
+    q = tl.load(Q + row[:, None] * q_row + head.to(tl.int64) * q_head + d[None, :], mask=in_head, other=0.0)
     pos_q = tl.load(POS_Q + row, mask=is_row, other=0).to(tl.int32)
 
     top = tl.full([BM], float("-inf"), tl.float32)
@@ -58,15 +58,15 @@ def attend_kernel(
     acc = tl.zeros([BM, E], tl.float32)
     top, total, acc = _full_visits(
         q, K, V, top, total, acc, WORK_FULL + 4 * work, FULL_KEY, FULL_STOP, FULL_END,
-        head // GROUP, kv_key, kv_head, scale_log2, D, E, BN, TMA, LSE_ONLY, PRECISION,
+        head // GROUP, kv_key, kv_head, scale_log2, D, E, BN, TMA, LSE_ONLY,
     )  # fmt: skip
     top, total, acc = _partial_visits(
         q, K, V, top, total, acc, WORK_PART + 4 * work, PART_KEY, PART_STOP, PART_END,
         PART_BOUNDS, PART_LIVE, BOUNDS, LIVE, pos_q, POS_K,
-        head // GROUP, kv_key, kv_head, scale_log2, D, E, BN, TMA, LSE_ONLY, PRECISION,
+        head // GROUP, kv_key, kv_head, scale_log2, D, E, BN, TMA, LSE_ONLY,
     )  # fmt: skip
 
-    has_keys = is_row & (total > 0)
+    has_keys = is_row & (total != 0)  # true for NaN, which must not look like a row without keys
     total = tl.where(has_keys, total, 1.0)
     lse = tl.where(has_keys, (top + tl.log2(total)) * LN2, float("-inf"))
     acc = acc / total[:, None]
@@ -84,7 +84,7 @@ def attend_kernel(
 def _full_visits(
     q, K, V, top, total, acc, WORK, KEY, STOP, END, head, kv_key, kv_head, scale_log2,
     D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr,
-    TMA: tl.constexpr, LSE_ONLY: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, LSE_ONLY: tl.constexpr,
 ):  # fmt: skip
     n = tl.arange(0, BN)
     entry, begin = tl.load(WORK), tl.load(WORK + 3)
@@ -92,13 +92,13 @@ def _full_visits(
     for visit in tl.range(tl.load(WORK + 1), tl.load(WORK + 2)):
         first = key + (visit - begin) * BN
         k = _load(K, first, stop, head, kv_key, kv_head, n, D, E, BN, TMA)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if stop - first < BN:  # the last keys of an entry: rare, so not worth a select in every visit
             s = tl.where((n < stop - first)[None, :], s, float("-inf"))
         p, keep, top, total = _softmax(s, scale_log2, top, total)
         if not LSE_ONLY:
             v = _load(V, first, stop, head, kv_key, kv_head, n, D, E, BN, TMA)
-            acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
+            acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision="ieee")
         begin = tl.where(visit + 1 >= end, visit + 1, begin)
         entry += (visit + 1 >= end).to(tl.int32)
         key, stop, end = tl.load(KEY + entry), tl.load(STOP + entry), tl.load(END + entry)
@@ -110,7 +110,7 @@ def _partial_visits(
     q, K, V, top, total, acc, WORK, KEY, STOP, END, PART_BOUNDS, PART_LIVE, BOUNDS, LIVE, pos_q, POS_K,
     head, kv_key, kv_head, scale_log2,
     D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr,
-    TMA: tl.constexpr, LSE_ONLY: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, LSE_ONLY: tl.constexpr,
 ):  # fmt: skip
     n = tl.arange(0, BN)
     entry, begin = tl.load(WORK), tl.load(WORK + 3)
@@ -124,12 +124,12 @@ def _partial_visits(
         shown = (pos_k >= k_low) & (pos_k < k_high) & _is_live(LIVE, live, first - key + n)
         distance = pos_q[:, None] - pos_k[None, :]
         visible = shown[None, :] & (distance >= low) & (distance < high)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
         s = tl.where(visible, s, float("-inf"))
         p, keep, top, total = _softmax(s, scale_log2, top, total)
         if not LSE_ONLY:
             v = _load(V, first, stop, head, kv_key, kv_head, n, D, E, BN, TMA)
-            acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
+            acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision="ieee")
         begin = tl.where(visit + 1 >= end, visit + 1, begin)
         entry += (visit + 1 >= end).to(tl.int32)
         key, stop, end = tl.load(KEY + entry), tl.load(STOP + entry), tl.load(END + entry)
@@ -178,35 +178,43 @@ def _is_live(LIVE, live, bit):
 
 
 @triton.jit
-def _merge_rows(acc, lse, OUT, LSE, row, out_row, mask, d, D: tl.constexpr, LSE_ONLY: tl.constexpr):
-    """Merge into the state of these rows, as kernels.merge does. Rows that were empty are not read before."""
-    before = tl.load(LSE + row, mask=mask, other=float("-inf"))
-    high = tl.maximum(before, lse)
-    high = tl.where(high == float("-inf"), 0.0, high)
-    old, new = tl.exp(before - high), tl.exp(lse - high)
-    if not LSE_ONLY:
-        share = 1 / tl.maximum(old + new, 1.0)
-        at = OUT + row[:, None] * out_row + d[None, :]
-        mask_MD = mask[:, None] & (d < D)[None, :]
-        was = tl.load(at, mask=mask_MD & (before > float("-inf"))[:, None], other=0.0)
-        tl.store(at, was * (old * share)[:, None] + acc * (new * share)[:, None], mask=mask_MD)
-    tl.store(LSE + row, high + tl.log(old + new), mask=mask)
+def _shares(lse, lse_i):
+    """(share of the one, share of the other, log-sum-exp of both), as kernels.merge has them; no NaN from two -inf."""
+    top = tl.maximum(lse, lse_i)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    weight, weight_i = tl.exp(lse - shift), tl.exp(lse_i - shift)
+    total = weight + weight_i
+    share = 1 / tl.maximum(total, 1.0)
+    return weight * share, weight_i * share, shift + tl.log(total)
 
 
 @triton.jit
+def _merge_rows(acc, lse, OUT, LSE, row, out_row, mask, d, D: tl.constexpr, LSE_ONLY: tl.constexpr):
+    """Merge into the state of these rows, as kernels.merge does. Rows that were empty are not read before."""
+    before = tl.load(LSE + row, mask=mask, other=float("-inf"))
+    old, new, joined = _shares(before, lse)
+    if not LSE_ONLY:
+        at = OUT + row[:, None] * out_row + d[None, :]
+        mask_MD = mask[:, None] & (d < D)[None, :]
+        was = tl.load(at, mask=mask_MD & (before != float("-inf"))[:, None], other=0.0)
+        tl.store(at, was * old[:, None] + acc * new[:, None], mask=mask_MD)
+    tl.store(LSE + row, joined, mask=mask)
+
+
+@triton.jit(do_not_specialize=["heads", "lse_head"])
 def join_kernel(
     OUT, LSE, SLOT_OUT, SLOT_LSE, ROWS, ROW_PTR, ITEM_UNIT, ITEM_ROWS, UNIT_HEADS, SPLIT_ITEM, SPLIT_SLOTS,
-    out_row, lse_head,
-    HEADS: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, SUBTILES: tl.constexpr,
+    out_row, lse_head, heads,
+    D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, SUBTILES: tl.constexpr,
     LSE_ONLY: tl.constexpr,
 ):  # fmt: skip
     """The parts of one split item for one head, joined in order and merged into the rows' state."""
-    place = tl.program_id(0) % (HEADS * SUBTILES)
-    split = tl.program_id(0) // (HEADS * SUBTILES)
+    place = tl.program_id(0) % (heads * SUBTILES)
+    split = tl.program_id(0) // (heads * SUBTILES)
     item = tl.load(SPLIT_ITEM + split)
     if item < 0:
         return
-    head = tl.load(UNIT_HEADS + tl.load(ITEM_UNIT + item) * HEADS + place // SUBTILES)
+    head = tl.load(UNIT_HEADS + tl.load(ITEM_UNIT + item) * heads + place // SUBTILES)
     if head < 0:
         return
     tile = tl.load(ITEM_ROWS + item)
@@ -220,15 +228,12 @@ def join_kernel(
     for slot in range(tl.load(SPLIT_SLOTS + split * 3), tl.load(SPLIT_SLOTS + split * 3 + 1), step):
         part = (slot * SUBTILES + place) * BM + m
         lse_part = tl.load(SLOT_LSE + part)
-        high = tl.maximum(lse, lse_part)
-        high = tl.where(high == float("-inf"), 0.0, high)
-        old, new = tl.exp(lse - high), tl.exp(lse_part - high)
+        old, new, joined = _shares(lse, lse_part)
         if not LSE_ONLY:
-            share = 1 / tl.maximum(old + new, 1.0)
             was = tl.load(SLOT_OUT + part[:, None] * E + d[None, :])
-            acc = acc * (old * share)[:, None] + was * (new * share)[:, None]
-        lse = high + tl.log(old + new)
-    has_keys = is_row & (lse > float("-inf"))
+            acc = acc * old[:, None] + was * new[:, None]
+        lse = joined
+    has_keys = is_row & (lse != float("-inf"))
     _merge_rows(acc, lse, OUT + head * D, LSE + head * lse_head, row, out_row, has_keys, d, D, LSE_ONLY)
 
 
@@ -238,7 +243,7 @@ FP32 = ("OUT", "LSE", "SLOT_OUT", "SLOT_LSE")
 
 
 def variants() -> list[Variant]:
-    """Every configuration: head dims, dtypes and archs, with and without values."""
+    """Every configuration for the head dims that models have: dtypes and archs, with and without values."""
     shapes = [(dim, dtype, only) for dim in (64, 80, 96, 128) for dtype in DTYPES for only in (False, True)]
     return [_attend_variant(*shape, arch) for shape in shapes for arch in ARCHS] + [_join_variant()]
 
@@ -247,9 +252,8 @@ def _attend_variant(dim: int, dtype: str, lse_only: bool, arch: int) -> Variant:
     config = choose_config(arch, DTYPES[dtype], dim)
     keys = f"tensordesc<{dtype}[{config.keys}, 1, {padded(dim)}]>" if config.tma else f"*{dtype}"
     constexprs = {
-        "HEADS": 1, "GROUP": 7, "D": dim, "E": padded(dim), "BM": config.rows, "BN": config.keys,
+        "GROUP": 7, "D": dim, "E": padded(dim), "BM": config.rows, "BN": config.keys,
         "SUBTILES": TILE // config.rows, "TMA": config.tma, "LSE_ONLY": lse_only,
-        "PRECISION": precision_of(DTYPES[dtype]),
     }  # fmt: skip
     return Variant(
         name=f"{'lse' if lse_only else 'attend'}-{dim}-{dtype}-sm_{arch}",
@@ -268,7 +272,7 @@ def _attend_variant(dim: int, dtype: str, lse_only: bool, arch: int) -> Variant:
 
 def _join_variant() -> Variant:
     constexprs = {
-        "HEADS": 1, "D": 128, "E": 128, "BM": JOIN_ROWS, "SUBTILES": TILE // JOIN_ROWS, "LSE_ONLY": False
+        "D": 128, "E": 128, "BM": JOIN_ROWS, "SUBTILES": TILE // JOIN_ROWS, "LSE_ONLY": False
     }  # fmt: skip
     signature, divisible = _signature(join_kernel, constexprs, {}), _divisible(join_kernel, constexprs, ())
     return Variant("join-128", join_kernel, signature, constexprs, divisible, JOIN_WARPS, num_stages=3)
@@ -286,6 +290,6 @@ def _signature(kernel, constexprs: dict, known: dict[str, str]) -> dict[str, str
 
 
 def _divisible(kernel, constexprs: dict, descriptors: tuple[str, ...]) -> tuple[str, ...]:
-    """All addresses and strides; lse_head is the number of rows, which may be odd."""
-    left_out = {*constexprs, *descriptors, "scale_log2", "lse_head"}
+    """All addresses and strides; lse_head is the number of rows, on which nothing is specialised."""
+    left_out = {*constexprs, *descriptors, "scale_log2", "lse_head", "heads"}
     return tuple(name for name in kernel.arg_names if name not in left_out)

@@ -12,7 +12,7 @@ from triton import next_power_of_2
 TILE = 128
 """Rows of a program's tile, at most."""
 LARGEST_HEAD = 128
-JOIN_ROWS, JOIN_WARPS = 32, 4
+JOIN_ROWS, JOIN_WARPS = 16, 4
 """Rows of a step where parts of a split item are joined."""
 
 
@@ -42,8 +42,3 @@ def choose_config(capability: int, dtype: torch.dtype, head_dim: int) -> Config:
 def padded(head_dim: int) -> int:
     """Head dim as the kernel holds it: tl.arange and tl.dot need powers of two, from 16 on."""
     return max(16, next_power_of_2(head_dim))
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """fp32 is never rounded to TF32: results on all devices agree to fp32's own precision."""
-    return "ieee" if dtype == torch.float32 else "tf32"

@@ -23,7 +23,6 @@ from sglang_mm.kernels.triton_backend.configs import (
     Config,
     choose_config,
     padded,
-    precision_of,
 )
 from sglang_mm.kernels.triton_backend.works import make_works
 from sglang_mm.types import TileProgram
@@ -90,7 +89,7 @@ def _launch_here(q_THD, k_KHD, v_KHD, program: TileProgram, scale: float, out_TH
     state = (lse_HT if out_THD is None else out_THD, lse_HT, lse_HT if slot_out is None else slot_out, slot_lse)
     rows = (program.rows, program.row_ptr, program.item_unit, program.item_rows, works.unit_heads)
     out_row = 0 if out_THD is None else out_THD.stride(0)
-    shape = {"HEADS": heads, "D": head_dim, "E": width, "LSE_ONLY": out_THD is None}
+    shape = {"heads": heads, "D": head_dim, "E": width, "LSE_ONLY": out_THD is None}
     attend_kernel[(len(works.item) * heads * subtiles,)](
         q_THD, *_keys(packed, config, width), *state,
         program.pos_q, order.pos, *rows, works.item, works.slot, works.full, works.part,
@@ -100,7 +99,7 @@ def _launch_here(q_THD, k_KHD, v_KHD, program: TileProgram, scale: float, out_TH
         q_THD.stride(0), q_THD.stride(1), packed.k_NHD.stride(0), packed.k_NHD.stride(1), out_row, lse_HT.stride(0),
         scale * LOG2_E,
         **shape, GROUP=program.group, BM=config.rows, BN=config.keys, SUBTILES=subtiles,
-        TMA=config.tma, PRECISION=precision_of(q_THD.dtype), num_warps=config.warps, num_stages=config.stages,
+        TMA=config.tma, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     join_kernel[(len(works.split_item) * heads * (TILE // JOIN_ROWS),)](
         *state, *rows, works.split_item, works.split_slots, out_row, lse_HT.stride(0),

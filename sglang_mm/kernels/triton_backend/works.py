@@ -104,9 +104,10 @@ def make_works(program: TileProgram, start: Tensor, step: int, processors: int) 
     )
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4096)
 def heads_of_units(heads: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """int32 [units, most heads], padded by -1. Kept, since a copy from the host would wait for the device."""
+    """int32 [units, most heads], padded by -1. Kept, since a copy from the host would wait for the device; and
+    many, since a plan may group the heads of each layer in its own way."""
     most = max(map(len, heads), default=1)
     rows: Sequence[tuple[int, ...]] = [unit + (-1,) * (most - len(unit)) for unit in heads]
     return torch.tensor(rows, dtype=torch.int32, device=device).view(-1, most)
