@@ -57,7 +57,7 @@ def choose_backend(problem: Problem, backend: str = "auto") -> Choice:
 def _not_worth_it(name: str, problem: Problem) -> str | None:
     """fa4 runs full entries alone, and gathers and merges rows for that. By its nature, not yet by its times."""
     if name == "fa4" and problem.full_entries < problem.items:
-        return f"{problem.items} items have {problem.full_entries} full entries, fewer than one each"
+        return "the program has fewer full entries than items"
     return None
 
 
