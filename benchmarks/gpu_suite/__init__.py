@@ -9,7 +9,10 @@
     model          the prefill of a decoder of 7B shape, dense and sparse
     decode         one row over C parts of the keys, merged, in a CUDA graph
 
-Results go to DIR as YYYY-MM-DD-<gpu>, .json with every measurement and .md with tables, after every step. --rehearse
+Every job, a step at one length, has a process of its own: what breaks the device or hangs is red, and the job is
+repeated without it. Results go to DIR as YYYY-MM-DD-<gpu>, .json with every measurement and .md with tables, first that
+of the targets; they are written after every finding, so that a run may be cut off. Where machine time comes in slices,
+--steps and --seconds make several runs of it; correctness is part of each. --rehearse
 runs every step at toy sizes on a CPU with the reference, to check the suite itself; its report says that it measures
 nothing.
 """

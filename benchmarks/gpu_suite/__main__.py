@@ -5,31 +5,21 @@ Exit status: 0 all green, 1 something is red or failed, 2 there is no CUDA devic
 
 import argparse
 import sys
-import traceback
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import benchmarks.gpu_suite
+from benchmarks.gpu_suite.apart import run_apart, run_here
 from benchmarks.gpu_suite.budget import Budget
-from benchmarks.gpu_suite.ceilings import measure_ceilings
-from benchmarks.gpu_suite.correctness import check_backends
-from benchmarks.gpu_suite.decode_graph import time_decode
-from benchmarks.gpu_suite.dense import Attend, check_dense
 from benchmarks.gpu_suite.facts import gather_facts
-from benchmarks.gpu_suite.model import time_model
+from benchmarks.gpu_suite.jobs import STEPS, UNTIMED, jobs_of
 from benchmarks.gpu_suite.report import REHEARSAL, Report
-from benchmarks.gpu_suite.ring import time_ring
 from benchmarks.gpu_suite.sizes import FULL, QUICK, Sizes
 from benchmarks.gpu_suite.sizes import REHEARSAL as TOY
-from benchmarks.gpu_suite.small_kernels import check_small_kernels
-from benchmarks.gpu_suite.sparse import time_sparse
 from benchmarks.gpu_suite.suite import Suite
-from sglang_mm.kernels.selector import BACKENDS
 
-STEPS = ("correctness", "ceilings", "sparse", "ring", "model", "decode")
 NO_DEVICE = (
     "gpu_suite: torch {version} finds no CUDA device. Remedy: run it on a machine with an NVIDIA GPU of compute "
     "capability 8.0 or later and a torch that is built for CUDA; nvidia-smi tells whether the driver sees it."
@@ -45,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     sizes = replace(sizes, seconds=options.seconds or sizes.seconds)
     suite = _start(sizes, torch.device("cpu" if options.rehearse else "cuda:0"), options.out, options.commit)
     suite.report.steps = [step for step in STEPS if step in options.steps]
-    _run(suite)
+    suite = _run(suite)
     page = suite.report.write()
     verdict = "red or failed" if suite.report.red or suite.report.failures else "green"
     print(f"{REHEARSAL + ': ' if suite.report.is_rehearsal else ''}{verdict}; {page} and .json written")
@@ -67,39 +57,22 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _start(sizes: Sizes, device: torch.device, folder: Path, commit: str | None) -> Suite:
-    torch.backends.cuda.matmul.allow_tf32 = False  # the oracle's products; kernels say for themselves what they use
     budget = Budget(sizes.seconds)
     return Suite(device, sizes, budget, Report(gather_facts(device, commit), sizes.name, budget, folder))
 
 
-def _run(suite: Suite) -> None:
-    """The steps that were asked for, in order. One that fails is reported, and the next one runs."""
-    attends: dict[str, Attend] = {}
-
-    def correctness():
-        check_backends(suite, BACKENDS)
-        check_small_kernels(suite)
-        attends.update(check_dense(suite))
-
-    steps: dict[str, Callable[[], None]] = {
-        "correctness": correctness,
-        "ceilings": lambda: measure_ceilings(suite),
-        "sparse": lambda: time_sparse(suite, BACKENDS, attends),
-        "ring": lambda: time_ring(suite, suite.fastest),
-        "model": lambda: time_model(suite, suite.fastest, attends),
-        "decode": lambda: time_decode(suite),
-    }
-    for name in suite.report.steps:
-        if name not in ("correctness", "ceilings") and not suite.timed:
-            suite.budget.skip(name, "no backend is green")
-            continue
-        try:
-            steps[name]()
-        except Exception as error:  # any: what was measured so far is kept
-            traceback.print_exc()
-            suite.report.fail(name, error)
-        suite.free()
-        suite.report.write()
+def _run(suite: Suite) -> Suite:
+    """The steps that were asked for, in order; on a GPU each job in a process of its own."""
+    for step in suite.report.steps:
+        for job in jobs_of(step, suite.sizes):
+            if step not in UNTIMED and not suite.timed:
+                suite.budget.skip(job.what, "no backend is green")
+            elif suite.is_rehearsal:
+                run_here(suite, job)
+            else:
+                suite = run_apart(suite, job)
+            suite.report.write()
+    return suite
 
 
 if __name__ == "__main__":

@@ -29,19 +29,17 @@ DIFFERS = "differs from eager"
 Step = Callable[[], State]
 
 
-def time_decode(suite: Suite) -> None:
+def time_decode(suite: Suite, point: Point) -> None:
     """Every green backend, for every number of ranks."""
-    for point in suite.sizes.decode:
-        tokens = point.tokens
-        if not suite.budget.allows(f"decoding at {tokens} tokens", 10.0 * len(suite.timed)):
-            continue
-        prompt = video_prompt(tokens, suite.device, suite.sizes.frame)
-        qkv = random_qkv(tokens, point.heads, point.kv_heads, suite.sizes.head_dim, suite.sizes.dtype, suite.device)
-        for backend in suite.timed:
-            for width in suite.sizes.widths:
+    tokens = point.tokens
+    if not suite.budget.allows(f"decoding at {tokens} tokens", 10.0 * len(suite.timed)):
+        return
+    prompt = video_prompt(tokens, suite.device, suite.sizes.frame)
+    qkv = random_qkv(tokens, point.heads, point.kv_heads, suite.sizes.head_dim, suite.sizes.dtype, suite.device)
+    for backend in suite.timed:
+        for width in suite.sizes.widths:
+            with suite.trying(backend, f"{backend}: decoding, {point.name}, C = {width}"):
                 _time_step(suite, prompt, qkv, backend, width, point)
-        del qkv
-        suite.free()
 
 
 def _time_step(suite: Suite, prompt: Prompt, qkv, backend: str, width: int, point: Point) -> None:

@@ -16,14 +16,14 @@ from benchmarks.gpu_suite.sizes import Point
 from benchmarks.gpu_suite.spot import Sample, check_rows
 from benchmarks.gpu_suite.suite import Suite
 from benchmarks.gpu_suite.tensors import Qkv, random_qkv
-from benchmarks.gpu_suite.timing import Timing, measure
+from benchmarks.gpu_suite.timing import LONG_S, Timing, measure, once
 from benchmarks.gpu_suite.work import attention_flops, dense_pairs
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 CHECKED = 777
 """Tokens: no multiple of any tile."""
 CONTENDERS = 2
-"""Beyond the shortest length only the fastest ones of the length before are timed."""
+"""Beyond the shortest length only the fastest ones of the length before are timed, and of long runs the fastest."""
 
 
 class Absent(Exception):
@@ -45,8 +45,8 @@ def baselines(device: torch.device) -> dict[str, Callable[[], Attend]]:
     }
 
 
-def check_dense(suite: Suite) -> dict[str, Attend]:
-    """Those that are there and right, on a small prompt."""
+def check_dense(suite: Suite) -> None:
+    """Note those that are there and right, on a small prompt."""
     sizes, device = suite.sizes, suite.device
     heads, kv_heads = sizes.points[0].heads, sizes.points[0].kv_heads
     qkv = random_qkv(CHECKED, heads, kv_heads, sizes.head_dim, sizes.dtype, device, seed=11)
@@ -54,12 +54,13 @@ def check_dense(suite: Suite) -> dict[str, Attend]:
     causal = torch.ones(CHECKED, CHECKED, dtype=torch.bool, device=device).tril().expand(heads, -1, -1)
     want = exact(*qkv, causal, scale)
     limit = allowed(*qkv, causal, scale, want, merges=0)[0]
-    found = {}
     for name, make in baselines(device).items():
+        if name in suite.lost:
+            continue
         what, backend = f"causal, {CHECKED} tokens", f"dense {name}"
         try:
-            attend = make()
-            error = errors((attend(*qkv, scale), want[1]), want)[0]
+            with suite.trying(name):
+                error = errors((make()(*qkv, scale), want[1]), want)[0]
         except (Absent, ImportError) as why:
             suite.report.checks.append(Check(what, backend, UNFIT, why=str(why)))
             continue
@@ -70,38 +71,48 @@ def check_dense(suite: Suite) -> dict[str, Attend]:
         why = "" if is_right else f"out error {error:.2e} > {limit:.2e}"
         suite.report.checks.append(Check(what, backend, GREEN if is_right else RED, (error,), (limit,), why))
         if is_right:
-            found[name] = attend
-    return found
+            suite.baselines += (name,)
 
 
-def time_dense(
-    suite: Suite, point: Point, qkv: Qkv, sample: Sample, attends: dict[str, Attend], before: dict[str, float]
-) -> dict[str, float]:
-    """Median seconds by name; the best is kept in suite.dense. before: the same of the length before.
-
-    A baseline that fails at this length, or is wrong in the sampled rows, is passed over.
-    """
-    contenders = sorted(before, key=before.get)[:CONTENDERS] if before else [*attends]
-    scale = suite.sizes.head_dim**-0.5
+def time_dense(suite: Suite, point: Point, qkv: Qkv, sample: Sample) -> None:
+    """Into suite.dense. A baseline that fails at this length, or is wrong in the sampled rows, is passed over."""
+    order, most = suite.by_speed(point), contenders(suite, point)
     found: dict[str, Timing] = {}
-    for name in contenders:
+    for name in order:
+        if len(found) == most:
+            break
         what = f"dense {name} at {point.name}"
         try:
-            check = check_rows(point.name, f"dense {name}", qkv[0].dtype, (attends[name](*qkv, scale), None), sample)
-            if check.status == RED:
-                suite.budget.skip(what, check.why)
-                continue
-            found[name] = measure(lambda: attends[name](*qkv, scale), suite.device, suite.sizes.repeat_s)  # noqa: B023
+            with suite.trying(name):
+                timing = _time_baseline(suite, name, what, qkv, sample)
         except Exception as why:  # any: out of memory, or a length that the library does not take
             suite.budget.skip(what, f"{type(why).__name__}: {str(why)[:200]}")
-    flops = attention_flops(dense_pairs(point.tokens, point.heads), suite.sizes.head_dim)
-    for name, seconds in found.items():
-        rate = {"TFLOP/s": flops / seconds.median / 1e12}
-        suite.report.add("dense", {"point": point.name, "baseline": name}, seconds, **rate)
+            continue
+        if timing is not None:
+            found[name] = timing
+            flops = attention_flops(dense_pairs(point.tokens, point.heads), suite.sizes.head_dim)
+            rate = {"TFLOP/s": flops / timing.median / 1e12}
+            suite.report.add("dense", {"point": point.name, "baseline": name}, timing, **rate)
     if found:
-        best = min(found, key=lambda name: found[name].median)
-        suite.dense[point] = best, found[best]
-    return {name: seconds.median for name, seconds in found.items()}
+        suite.dense[point] = found
+
+
+def contenders(suite: Suite, point: Point) -> int:
+    """How many baselines are timed there."""
+    if not suite.dense:
+        return len(suite.baselines)
+    return CONTENDERS if suite.expected(point) < LONG_S else 1
+
+
+def _time_baseline(suite: Suite, name: str, what: str, qkv: Qkv, sample: Sample) -> Timing | None:
+    """The run that is checked is the first one of the warm-up. None for a wrong result."""
+    attend, scale, results = baselines(suite.device)[name](), suite.sizes.head_dim**-0.5, []
+    first_s = once(lambda: results.append(attend(*qkv, scale)), suite.device)
+    check = check_rows(what, f"dense {name}", qkv[0].dtype, (results.pop(), None), sample)
+    if check.status == RED:
+        suite.budget.skip(what, check.why)
+        return None
+    return measure(lambda: attend(*qkv, scale), suite.device, suite.sizes.repeat_s, before=first_s)
 
 
 def _sdpa(backend: str | None, is_repeated: bool = False) -> Attend:

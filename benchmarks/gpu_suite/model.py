@@ -7,16 +7,18 @@ is off. Linear maps run over some rows at a time. S tokens, C rows of a chunk, E
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
 
 from benchmarks.gpu_suite.ceilings import MATMUL
-from benchmarks.gpu_suite.dense import Attend
+from benchmarks.gpu_suite.dense import baselines
 from benchmarks.gpu_suite.prompts import video_prompt
 from benchmarks.gpu_suite.selections import layer_selection, mean_density
 from benchmarks.gpu_suite.sizes import Decoder, Point
+from benchmarks.gpu_suite.sparse import forget_plans
 from benchmarks.gpu_suite.suite import Suite
 from benchmarks.gpu_suite.timing import Timing, once, summary
 from sglang_mm.kernels import sparse_attention
@@ -68,63 +70,81 @@ class Layer(nn.Module):
             x_SE[at] += linear(silu(gate).mul_(up), self.down)
 
 
-def time_model(suite: Suite, backend: str, attends: dict[str, Attend]) -> None:
-    sizes, shape = suite.sizes, suite.sizes.decoder
+def time_model(suite: Suite, tokens: int) -> None:
+    """Dense, then the fastest backend at every density."""
+    sizes, shape, backend = suite.sizes, suite.sizes.decoder, suite.fastest
     suite.report.note(NOTE)
     draw = torch.Generator(suite.device).manual_seed(5)
     layers = [Layer(shape, sizes.dtype, suite.device, draw) for _ in range(shape.layers)]
+    point = Point(tokens, shape.heads, shape.kv_heads)
     with torch.inference_mode():
-        _time_lengths(suite, layers, backend, attends)
-    del layers
-    suite.free()
+        dense_s, dense_is = _dense(suite, layers, point)
+        if backend is not None:
+            _sparse(suite, layers, point, backend, dense_s, dense_is)
 
 
-def _time_lengths(suite: Suite, layers: list[Layer], backend: str, attends: dict[str, Attend]) -> None:
-    shape = suite.sizes.decoder
-    ladder: dict[int, float] = {}
-    for tokens in suite.sizes.model_tokens:
-        point = Point(tokens, shape.heads, shape.kv_heads)
-        where = {"tokens": tokens, "backend": backend}
-        dense_s = _dense(suite, layers, point, attends, ladder)
-        prompt = video_prompt(tokens, suite.device, suite.sizes.frame)
-        shard = Shard(prompt.tokens, torch.arange(tokens, device=suite.device))
-        for share in suite.sizes.shares:
-            cost = _linear_s(suite, tokens) + shape.layers * suite.expected(point, share)
-            if not suite.budget.allows(f"model of {tokens} tokens at {100 * share:g} %", 1.3 * cost):
-                continue
-            selection = layer_selection(prompt, shape.heads, shape.kv_heads, share)
+def _sparse(
+    suite: Suite, layers: list[Layer], point: Point, backend: str, dense_s: float | None, dense_is: str
+) -> None:
+    tokens = point.tokens
+    prompt = video_prompt(tokens, suite.device, suite.sizes.frame)
+    shard = Shard(prompt.tokens, torch.arange(tokens, device=suite.device))
+    for share in suite.sizes.shares:
+        cost = _linear_s(suite, tokens) + len(layers) * suite.expected(point, share)
+        if not suite.budget.allows(f"model of {tokens} tokens at {100 * share:g} %", 1.3 * cost):
+            continue
+        selection = layer_selection(prompt, point.heads, point.kv_heads, share)
 
-            def attend(q, k, v):
-                programs = compile_piece(compile_rows(selection, shard), shard)  # noqa: B023
-                return sparse_attention(q, k, v, programs, scale=q.shape[2] ** -0.5, backend=backend)[0]
+        def attend(q, k, v):
+            forget_plans(backend)
+            programs = compile_piece(compile_rows(selection, shard), shard)  # noqa: B023
+            return sparse_attention(q, k, v, programs, scale=q.shape[2] ** -0.5, backend=backend)[0]
 
+        where = {"tokens": tokens, "backend": backend, "aim": f"{100 * share:g} %"}
+        with suite.trying(backend, f"model of {tokens} tokens at {where['aim']}"):
             seconds = _prefill(suite, layers, tokens, attend)
-            suite.free()
             figures: dict[str, object] = {"density": mean_density(selection, prompt)}
             if dense_s:
-                figures |= {"dense s": dense_s, "dense is": "measured" if tokens in ladder else "extrapolated"}
-                figures["times dense"] = dense_s / seconds.median
-            suite.report.add("model", where | {"aim": f"{100 * share:g} %"}, seconds, **figures)
+                figures |= {"dense s": dense_s, "dense is": dense_is, "times dense": dense_s / seconds.median}
+            suite.report.add("model", where, seconds, **figures)
+        suite.free()
 
 
-def _dense(suite: Suite, layers: list[Layer], point: Point, attends, ladder: dict[int, float]) -> float | None:
-    """Seconds with the best dense baseline: measured, and then kept in the ladder, or extrapolated from it."""
-    name = suite.best_dense(point) or next(iter(attends), None)
+def _dense(suite: Suite, layers: list[Layer], point: Point) -> tuple[float | None, str]:
+    """Seconds with the best dense baseline, and whether they are measured, or predicted from what is."""
+    name = next(iter(suite.by_speed(point)), None)
     if name is None:
-        return None
-    predicted = extrapolate(ladder, point.tokens)
+        return None, ""
+    where = {"tokens": point.tokens, "backend": f"dense, {name}", "aim": "100 %"}
+    predicted, how = predict(suite, point)
     cost = predicted or _linear_s(suite, point.tokens) + len(layers) * suite.expected(point)
     if suite.budget.allows(f"dense model of {point.tokens} tokens", 1.2 * cost):
-        seconds = _prefill(suite, layers, point.tokens, lambda q, k, v: attends[name](q, k, v, q.shape[2] ** -0.5))
-        suite.free()
-        ladder[point.tokens] = seconds.median
-        suite.report.add("model", {"tokens": point.tokens, "backend": f"dense, {name}", "aim": "100 %"}, seconds)
-        return seconds.median
+        attend = baselines(suite.device)[name]()
+        with suite.trying(name, f"dense model of {point.tokens} tokens"):
+            seconds = _prefill(suite, layers, point.tokens, lambda q, k, v: attend(q, k, v, q.shape[2] ** -0.5))
+            suite.ladder[point.tokens] = seconds.median
+            suite.report.add("model", where, seconds)
+            return seconds.median, "measured"
+    suite.free()
     if predicted:
-        where = {"tokens": point.tokens, "backend": f"dense, {name}", "aim": "100 %"}
-        note = f"extrapolated from {', '.join(map(str, ladder))} tokens"
-        suite.report.add("model", where, None, **{"dense s": predicted, "dense is": note})
-    return predicted
+        suite.report.add("model", where, None, **{"dense s": predicted, "dense is": how})
+    return predicted, how
+
+
+def predict(suite: Suite, point: Point) -> tuple[float | None, str]:
+    """Seconds of the dense model, and from what. Attention as it was measured at this very point, and the rest in
+    proportion to the tokens, is better than to extrapolate both."""
+    layers, rest = suite.sizes.decoder.layers, {}
+    for tokens, seconds in suite.ladder.items():
+        timed = suite.best_dense(replace(point, tokens=tokens))
+        if timed:
+            rest[tokens] = max(0.0, seconds - layers * timed[1].median)
+    here = suite.best_dense(point)
+    if here and rest:
+        longest = max(rest)
+        seconds = rest[longest] * point.tokens / longest + layers * here[1].median
+        return seconds, f"computed: {layers} times the attention measured here, the rest from {longest} tokens"
+    return extrapolate(suite.ladder, point.tokens), f"extrapolated from {', '.join(map(str, suite.ladder))} tokens"
 
 
 def extrapolate(ladder: dict[int, float], tokens: int) -> float | None:

@@ -5,21 +5,24 @@ Both are written after every step, so that a run that is cut off leaves what it 
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain, count
 from pathlib import Path
 
 import torch
 
 from benchmarks.gpu_suite.budget import Budget
 from benchmarks.gpu_suite.facts import Facts
+from benchmarks.gpu_suite.targets import verdicts
 from benchmarks.gpu_suite.timing import Timing
 from sglang_mm.errors import ConfigError
 
 REHEARSAL = "rehearsal, no measurement"
 LEGEND = (
     "Times are medians; spread is (slowest - fastest) / median, of so many runs. Density and visited tiles are shares "
-    "of the causal pairs."
+    "of the causal pairs. A sparse time is that of index, tables, permutation and kernel together; what is beside the "
+    "kernel is a share of it. A kernel's rate counts the tiles that it visits, dense attention's the causal pairs."
 )
 GREEN, RED, UNFIT = "green", "red", "unfit"
 
@@ -46,6 +49,10 @@ class Measurement:
     figures: Mapping[str, object]
 
 
+def _nobody() -> None:
+    pass
+
+
 @dataclass
 class Report:
     facts: Facts
@@ -57,6 +64,15 @@ class Report:
     failures: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     steps: list[str] = field(default_factory=list)
+    tell: Callable[[], None] = _nobody
+    """Called after every finding."""
+
+    def __post_init__(self):
+        self.name = self._free_name()
+
+    def __getstate__(self) -> dict:
+        """Without the one who is told: a process has its own."""
+        return vars(self) | {"tell": _nobody}
 
     def add(self, step: str, where: Mapping[str, object], seconds: Timing | None = None, **figures: object) -> None:
         """Keep a measurement and say so on the terminal."""
@@ -64,6 +80,7 @@ class Report:
         time = "" if seconds is None else f" {_seconds(seconds.median)}"
         told = ", ".join(f"{name} {_cell(value)}" for name, value in figures.items())
         print(f"[{self.budget.spent:5.0f} s] {step}: {', '.join(map(str, where.values()))}:{time} {told}", flush=True)
+        self.tell()
 
     def fail(self, what: str, why: str | Exception) -> None:
         """Something that should run did not. Too little memory, and what a library refuses in words, is skipped."""
@@ -72,6 +89,7 @@ class Report:
             why = f"{type(why).__name__}: {str(why)[:400]}"
         (self.budget.skipped if is_refused else self.failures).append((what, why))
         print(f"[{self.budget.spent:5.0f} s] {'skipped' if is_refused else 'FAILED'} {what}: {why}", flush=True)
+        self.tell()
 
     def note(self, text: str) -> None:
         """Once, however often it is said."""
@@ -86,10 +104,13 @@ class Report:
     def is_rehearsal(self) -> bool:
         return self.size == "rehearsal"
 
-    @property
-    def name(self) -> str:
-        """Of both files. A rehearsal's cannot be taken for a result."""
-        return "rehearsal" if self.is_rehearsal else f"{self.facts.date}-{self.facts.slug}"
+    def _free_name(self) -> str:
+        """Of both files. A rehearsal's cannot be taken for a result; results of earlier runs are never written over."""
+        if self.is_rehearsal:
+            return "rehearsal"
+        name = f"{self.facts.date}-{self.facts.slug}"
+        names = chain([name], (f"{name}-{number}" for number in count(2)))
+        return next(each for each in names if not (self.folder / f"{each}.json").exists())
 
     def write(self) -> Path:
         """Both files; returns the Markdown one."""
@@ -107,6 +128,7 @@ class Report:
             "steps": self.steps,
             "seconds": round(self.budget.spent, 1),
             "checks": [asdict(check) for check in self.checks],
+            "targets": [each._asdict() for each in verdicts(self.measurements)],
             "measurements": [asdict(each) for each in self.measurements],
             "skipped": self.budget.skipped,
             "failures": self.failures,
@@ -124,6 +146,7 @@ class Report:
             f"L2 {facts.l2_mb} MB), driver {facts.driver}, CUDA {facts.cuda}; {libraries}; commit {facts.commit}. "
             f"Absent: {', '.join(facts.absent) or 'nothing'}. Steps: {', '.join(self.steps)}; "
             f"{self.budget.spent:.0f} s.\n\n{LEGEND}",
+            self._targets(),
             self._checks(),
         ]
         for step in dict.fromkeys(each.step for each in self.measurements):
@@ -132,6 +155,10 @@ class Report:
         parts.append(_list("Skipped", [f"{what}: {why}" for what, why in self.budget.skipped]))
         parts.append(_list("Notes", self.notes))
         return "\n\n".join(part for part in parts if part) + "\n"
+
+    def _targets(self) -> str:
+        lines = [["target", "wanted", "measured", "", "where"], ["---"] * 5, *verdicts(self.measurements)]
+        return "## targets\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def _checks(self) -> str:
         """Per backend how many checks were green; each red one; why a backend did not run."""

@@ -6,6 +6,8 @@ of one rank with everything over C times the slowest of C ranks.
 
 from benchmarks.gpu_suite.prompts import Prompt, video_prompt
 from benchmarks.gpu_suite.selections import dense_selection, layer_selection
+from benchmarks.gpu_suite.sizes import Point
+from benchmarks.gpu_suite.sparse import forget_plans
 from benchmarks.gpu_suite.suite import Suite
 from benchmarks.gpu_suite.tensors import Qkv, plant, random_qkv
 from benchmarks.gpu_suite.timing import Timing, measure
@@ -15,26 +17,25 @@ from sglang_mm.patterns.chosen import Selection
 from sglang_mm.patterns.program import Shard, compile_piece, compile_rows
 
 
-def time_ring(suite: Suite, backend: str) -> None:
-    """Dense, and the largest and the smallest density."""
-    sizes = suite.sizes
-    for point in sizes.ring:
-        tokens = point.tokens
-        seconds = suite.expected(point)
-        runs = 4 * len(sizes.widths) * 2  # dense and two selections, compiled and ready, warm-up and repeats
-        if not suite.budget.allows(f"ring of {point.name}", runs * seconds):
-            continue
-        prompt = video_prompt(tokens, suite.device, sizes.frame)
-        for share in (1.0, max(sizes.shares), min(sizes.shares)):
-            if share == 1.0:
-                selection = dense_selection(point.heads, point.kv_heads)
-            else:
-                selection = layer_selection(prompt, point.heads, point.kv_heads, share)
-            qkv = random_qkv(tokens, point.heads, point.kv_heads, sizes.head_dim, sizes.dtype, suite.device)
-            plant(qkv, prompt, selection)
-            _time_widths(suite, prompt, selection, qkv, backend, {"point": point.name, "aim": f"{100 * share:g} %"})
-            del qkv
-            suite.free()
+def time_ring(suite: Suite, point: Point) -> None:
+    """The fastest backend: dense, and the largest and the smallest density."""
+    sizes, tokens, backend = suite.sizes, point.tokens, suite.fastest
+    runs = 4 * len(sizes.widths) * 2  # dense and two selections, compiled and ready, warm-up and repeats
+    if backend is None or not suite.budget.allows(f"ring of {point.name}", runs * suite.expected(point)):
+        return
+    prompt = video_prompt(tokens, suite.device, sizes.frame)
+    for share in (1.0, max(sizes.shares), min(sizes.shares)):
+        if share == 1.0:
+            selection = dense_selection(point.heads, point.kv_heads)
+        else:
+            selection = layer_selection(prompt, point.heads, point.kv_heads, share)
+        qkv = random_qkv(tokens, point.heads, point.kv_heads, sizes.head_dim, sizes.dtype, suite.device)
+        plant(qkv, prompt, selection)
+        where = {"point": point.name, "aim": f"{100 * share:g} %"}
+        with suite.trying(backend, f"ring of {point.name}, {where['aim']}"):
+            _time_widths(suite, prompt, selection, qkv, backend, where)
+        del qkv
+        suite.free()
 
 
 def _time_widths(suite: Suite, prompt: Prompt, selection: Selection, qkv: Qkv, backend: str, where: dict) -> None:
@@ -67,6 +68,7 @@ def _time_rank(suite: Suite, prompt: Prompt, selection, qkv: Qkv, backend: str, 
     held = [(qkv[1][rows[piece]], qkv[2][rows[piece]]) for piece in order]
 
     def compiled():
+        forget_plans(backend)
         of_rows = compile_rows(selection, mine)
         return [compile_piece(of_rows, piece) for piece in pieces]
 

@@ -77,7 +77,7 @@ FULL = Sizes("full", 3600, tuple(Point(size * K) for size in (32, 64, 128, 256, 
 QUICK = Sizes(
     "quick",
     440,
-    (Point(32 * K), Point(64 * K), Point(128 * K), Point(1024 * K, heads=7, kv_heads=1)),
+    (Point(32 * K), Point(64 * K), Point(128 * K), Point(1024 * K)),
     repeat_s=0.2,
     check_all=False,
     ring=(Point(128 * K),),

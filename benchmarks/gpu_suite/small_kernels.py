@@ -21,17 +21,23 @@ ROWS, KEYS = 61, 1003
 
 
 def check_small_kernels(suite: Suite) -> None:
-    for dtype in suite.sizes.check_dtypes:
-        for head_dim in suite.sizes.check_dims:
-            what = f"heads of {head_dim}, {str(dtype).removeprefix('torch.')}"
-            suite.report.checks.append(_tried(what, "merge", partial(_merge_error, suite, dtype, head_dim)))
-            suite.report.checks.append(_tried(what, "probe", partial(_probe_errors, suite, dtype, head_dim)))
+    sizes = suite.sizes
+    for name, errors in (("merge", _merge_error), ("probe", _probe_errors)):
+        if name in suite.lost:
+            continue
+        for dtype in sizes.check_dtypes:
+            is_main = sizes.check_all or dtype == sizes.dtype
+            for head_dim in sizes.check_dims if is_main else sizes.check_dims[-1:]:
+                what = f"heads of {head_dim}, {str(dtype).removeprefix('torch.')}"
+                with suite.trying(name):
+                    suite.report.checks.append(_tried(suite, what, name, partial(errors, suite, dtype, head_dim)))
 
 
-def _tried(what: str, name: str, run: Callable[[], tuple[Iterable[float], Iterable[float]]]) -> Check:
+def _tried(suite: Suite, what: str, name: str, run: Callable[[], tuple[Iterable[float], Iterable[float]]]) -> Check:
     try:
         error, allowed = map(tuple, run())
     except Exception as why:  # any: the other kernels are still to be checked
+        suite.check_device(why)
         return Check(what, name, RED, why=f"{type(why).__name__}: {str(why)[:400]}")
     is_right = all(one <= limit for one, limit in zip(error, allowed))
     return Check(what, name, GREEN if is_right else RED, error, allowed, "" if is_right else f"{error} > {allowed}")

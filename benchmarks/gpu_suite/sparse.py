@@ -1,9 +1,12 @@
 """Sparse attention of one layer, against the best dense baseline of the same length.
 
-    whole      index + permutation + kernel: compiled and attended afresh in every run, as a layer does
-    index      compile_rows + compile_piece alone; tables that a backend makes of a program are in whole alone
+    whole      index + tables + permutation + kernel: compiled and attended afresh in every run, as a layer does
+    index      compile_rows + compile_piece alone
     permute    packing of keys and values alone, as Triton wants them
+    ready      a call on ready programs: tables that a backend makes of a program + permutation + kernel
     kernel     what the device spends in kernels other than PyTorch's own, of one call on ready programs
+
+What is beside the kernel, as a share of whole, is all that is not attention, idle times of the device included.
 
 Shards are made beforehand: once per request they serve all layers. A backend that keeps plans forgets them before
 every run of `whole`: layers choose for themselves.
@@ -15,7 +18,7 @@ from types import ModuleType
 
 import torch
 
-from benchmarks.gpu_suite.dense import CONTENDERS, Attend, time_dense
+from benchmarks.gpu_suite.dense import contenders, time_dense
 from benchmarks.gpu_suite.oracle import State
 from benchmarks.gpu_suite.prompts import Prompt, video_prompt
 from benchmarks.gpu_suite.report import RED
@@ -29,7 +32,8 @@ from benchmarks.gpu_suite.work import attention_flops, dense_pairs, visited_pair
 from sglang_mm.kernels import sparse_attention
 from sglang_mm.kernels.packing import pack, packing_order
 from sglang_mm.kernels.problem import problem_of
-from sglang_mm.patterns.chosen import Selection
+from sglang_mm.kernels.selector import BACKENDS
+from sglang_mm.patterns.chosen import BLOCK, Selection
 from sglang_mm.patterns.program import Shard, compile_piece, compile_rows
 from sglang_mm.types import TileProgram
 
@@ -69,22 +73,14 @@ class Layer:
         return sparse_attention(*self.qkv, programs, scale=self.scale, backend=backend)
 
 
-def time_sparse(suite: Suite, backends: dict[str, ModuleType], attends: dict[str, Attend]) -> None:
-    before: dict[str, float] = {}
-    for point in suite.sizes.points:
-        dense_s = 3 * (CONTENDERS if before else len(attends)) * suite.expected(point)
-        sparse_s = RUNS * len(suite.timed) * sum(suite.expected(point, share) for share in suite.sizes.shares)
-        if suite.budget.allows(f"sparse attention of {point.name}", 10 + dense_s + sparse_s):
-            before = _time_point(suite, point, backends, attends, before) or before
-            suite.free()
-
-
-def _time_point(suite: Suite, point: Point, backends, attends, before) -> dict[str, float]:
-    """Median seconds of dense baselines, by name."""
+def time_sparse(suite: Suite, point: Point) -> None:
     sizes, device = suite.sizes, suite.device
+    dense_s = 3 * contenders(suite, point) * suite.expected(point)
+    sparse_s = RUNS * len(suite.timed) * sum(suite.expected(point, share) for share in sizes.shares)
+    if not suite.budget.allows(f"sparse attention of {point.name}", 10 + dense_s + sparse_s):
+        return
     prompt = video_prompt(point.tokens, device, sizes.frame)
     shard = Shard(prompt.tokens, torch.arange(point.tokens, device=device))
-    found: dict[str, float] = {}
     for share in sizes.shares:
         selection = layer_selection(prompt, point.heads, point.kv_heads, share)
         qkv = random_qkv(point.tokens, point.heads, point.kv_heads, sizes.head_dim, sizes.dtype, device)
@@ -92,14 +88,13 @@ def _time_point(suite: Suite, point: Point, backends, attends, before) -> dict[s
         if share == sizes.shares[0]:
             everything = dense_selection(point.heads, point.kv_heads)
             sample = sample_rows(qkv, prompt, everything, shard, sizes.head_dim**-0.5)
-            found = time_dense(suite, point, qkv, sample, attends, before)
-        _time_layer(suite, Layer(point, share, prompt, shard, selection, qkv), backends)
+            time_dense(suite, point, qkv, sample)
+        _time_layer(suite, Layer(point, share, prompt, shard, selection, qkv))
         del qkv
         suite.free()
-    return found
 
 
-def _time_layer(suite: Suite, layer: Layer, backends: dict[str, ModuleType]) -> None:
+def _time_layer(suite: Suite, layer: Layer) -> None:
     device, repeat_s = suite.device, suite.sizes.repeat_s
     programs = layer.index()
     pairs = sum(map(visited_pairs, programs))
@@ -109,15 +104,14 @@ def _time_layer(suite: Suite, layer: Layer, backends: dict[str, ModuleType]) -> 
     shared = {
         "density": mean_density(layer.selection, layer.prompt),
         "visited": pairs / dense,
+        "tiles a row": pairs / (layer.point.tokens * layer.point.heads * BLOCK),
         "index ms": 1e3 * index_s,
         "permute ms": 1e3 * permute_s,
     }
     sample = sample_rows(layer.qkv, layer.prompt, layer.selection, layer.keys, layer.scale)
     for name in suite.timed:
-        try:
-            _time_backend(suite, layer, programs, pairs, backends[name], sample, shared)
-        except Exception as error:  # any: the other backends and lengths are still to be timed
-            suite.report.fail(f"{name} at {layer.name}", error)
+        with suite.trying(name, f"{name} at {layer.name}"):
+            _time_backend(suite, layer, programs, pairs, BACKENDS[name], sample, shared)
 
 
 def _time_backend(suite: Suite, layer: Layer, programs, pairs: int, module: ModuleType, sample, shared: dict) -> None:
@@ -134,28 +128,35 @@ def _time_backend(suite: Suite, layer: Layer, programs, pairs: int, module: Modu
     if check.status == RED:
         suite.report.fail(what, check.why)
         return
-    forget = getattr(module, "forget_plans", lambda: None)
 
     def whole():
-        forget()
+        forget_plans(name)
         layer.attend(layer.index(), name)
 
     first_s = once(whole, device)
     if first_s > PATIENCE * suite.budget.left:
         suite.budget.skip(what, f"one call takes {first_s:.1f} s")
         return
-    whole_s = measure(whole, device, repeat_s)
+    whole_s = measure(whole, device, repeat_s, before=first_s)
     ready_s = measure(lambda: layer.attend(programs, name), device, repeat_s).median
     kernel_s = kernel_seconds(lambda: layer.attend(programs, name), device)
     if kernel_s is None:
         suite.report.note("kernel: nothing could be profiled; it is a call on ready programs less the permutation")
         kernel_s = max(ready_s - 1e-3 * shared["permute ms"], 1e-9)
-    overhead = 1e-3 * (shared["index ms"] + shared["permute ms"]) / whole_s.median
+    shares = {
+        "index + permute": 1e-3 * (shared["index ms"] + shared["permute ms"]) / whole_s.median,
+        "beside the kernel": max(0.0, 1 - kernel_s / whole_s.median),
+    }
     rates = _rates(suite, layer.point, pairs, whole_s.median, kernel_s)
-    figures = shared | {"ready ms": 1e3 * ready_s, "kernel ms": 1e3 * kernel_s, "index + permute": overhead} | rates
+    figures = shared | {"ready ms": 1e3 * ready_s, "kernel ms": 1e3 * kernel_s} | shares | rates
     where = {"point": layer.point.name, "aim": f"{100 * layer.share:g} %", "backend": name}
     suite.report.add("sparse", where, whole_s, **figures)
     suite.note_speed(name, layer.point, whole_s.median)
+
+
+def forget_plans(backend: str) -> None:
+    """Of backends that keep them: layers choose for themselves."""
+    getattr(BACKENDS[backend], "forget_plans", lambda: None)()
 
 
 def _rates(suite: Suite, point: Point, pairs: int, whole_s: float, kernel_s: float) -> dict[str, object]:
@@ -163,8 +164,10 @@ def _rates(suite: Suite, point: Point, pairs: int, whole_s: float, kernel_s: flo
     head_dim = suite.sizes.head_dim
     rate = attention_flops(pairs, head_dim) / kernel_s
     figures: dict[str, object] = {"kernel TFLOP/s": rate / 1e12}
-    if point in suite.dense:
-        name, dense = suite.dense[point]
+    best = suite.best_dense(point)
+    if best:
+        name, dense = best
         dense_rate = attention_flops(dense_pairs(point.tokens, point.heads), head_dim) / dense.median
-        figures |= {"of the dense rate": rate / dense_rate, "times dense": dense.median / whole_s, "dense": name}
+        figures |= {"of the dense rate": rate / dense_rate, "times dense": dense.median / whole_s}
+        figures |= {"dense": name, "dense TFLOP/s": dense_rate / 1e12}
     return figures

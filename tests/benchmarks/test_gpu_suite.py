@@ -11,8 +11,9 @@ from benchmarks.gpu_suite.__main__ import main
 from benchmarks.gpu_suite.budget import Budget
 from benchmarks.gpu_suite.cases import KINDS, cases
 from benchmarks.gpu_suite.correctness import check_case
+from benchmarks.gpu_suite.dense import contenders
 from benchmarks.gpu_suite.facts import gather_facts
-from benchmarks.gpu_suite.model import Layer, extrapolate
+from benchmarks.gpu_suite.model import Layer, extrapolate, predict
 from benchmarks.gpu_suite.prompts import image, prompt, text, video, video_prompt
 from benchmarks.gpu_suite.report import Report
 from benchmarks.gpu_suite.selections import dense_selection, layer_selection, mean_density
@@ -143,12 +144,12 @@ def test_what_is_red_is_reported_and_not_timed(monkeypatch, tmp_path):
 
 
 def test_a_step_that_fails_is_reported_and_the_next_one_runs(monkeypatch, tmp_path):
-    monkeypatch.setattr("benchmarks.gpu_suite.__main__.measure_ceilings", lambda suite: 1 / 0)
-    monkeypatch.setattr("benchmarks.gpu_suite.__main__.check_backends", lambda suite, found: None)
+    monkeypatch.setattr("benchmarks.gpu_suite.jobs.measure_ceilings", lambda suite: 1 / 0)
+    monkeypatch.setattr("benchmarks.gpu_suite.jobs.check_backends", lambda suite: None)
     assert main(["--rehearse", "--out", str(tmp_path), "--steps", "ceilings", "ring"]) == 1
     found = json.loads((tmp_path / "rehearsal.json").read_text())
     assert found["failures"] == [["ceilings", "ZeroDivisionError: division by zero"]]
-    assert found["skipped"] == [["ring", "no backend is green"]]
+    assert found["skipped"] == [["ring, 1.17188K tokens, 4/2 heads", "no backend is green"]]
 
 
 def test_a_dense_model_beyond_the_budget_is_extrapolated(monkeypatch, tmp_path):
@@ -159,7 +160,7 @@ def test_a_dense_model_beyond_the_budget_is_extrapolated(monkeypatch, tmp_path):
     assert [what for what, _ in found["skipped"]] == [beyond]
     dense, *sparse = [each for each in found["measurements"] if each["where"]["tokens"] == 512]
     assert (dense["seconds"], dense["figures"]["dense is"]) == (None, "extrapolated from 256, 384 tokens")
-    assert [each["figures"]["dense is"] for each in sparse] == ["extrapolated", "extrapolated"]
+    assert [each["figures"]["dense is"] for each in sparse] == ["extrapolated from 256, 384 tokens"] * 2
 
 
 def test_all_kinds_of_entries_occur_in_the_cases():
@@ -260,14 +261,19 @@ def test_the_budget_skips_what_does_not_fit():
     assert budget.skipped == [("second", "needs about 9 s, 2 s of 10 s are left")]
 
 
-@pytest.mark.parametrize(("each", "runs"), [(0.0, 30), (0.1, 5), (0.3, 3), (3.0, 1)])
-def test_short_runs_are_repeated_and_long_ones_are_not(monkeypatch, each, runs):
-    monkeypatch.setattr("benchmarks.gpu_suite.timing.once", lambda run, device: each)
-    assert measure(lambda: None, CPU, seconds=0.5) == Timing(each, each, each, runs)
+@pytest.mark.parametrize(
+    ("each", "before", "warm", "runs"),
+    [(0.0, None, 30, 30), (0.03, None, 4, 17), (0.03, 0.2, 0, 17), (0.3, None, 1, 3), (3.0, None, 1, 1), (3, 3, 0, 1)],
+)
+def test_short_runs_are_repeated_after_a_warm_up_and_long_ones_are_not(monkeypatch, each, before, warm, runs):
+    calls = []
+    monkeypatch.setattr("benchmarks.gpu_suite.timing.once", lambda run, device: calls.append(run) or each)
+    assert measure(lambda: None, CPU, seconds=0.5, before=before) == Timing(each, each, each, runs)
+    assert len(calls) == warm + runs
 
 
 def test_kernels_of_pytorch_are_told_from_others():
-    theirs = ["void at::native::index_elementwise_kernel<128>", "Memcpy DtoD (Device -> Device)", "void cub::Kernel"]
+    theirs = ["void at::native::index_elementwise_kernel<128>", "Memcpy DtoD", "void compute_cuda_kernel<long>"]
     ours = ["attend_kernel", "join_kernel", "kernel_cutlass_flash_fwd", "void flashinfer::BatchPrefill<x>"]
     assert kernel_seconds(lambda: None, CPU) is None
     assert [*map(_is_pytorchs, theirs)] == [True] * 3 and [*map(_is_pytorchs, ours)] == [False] * 4
@@ -279,7 +285,8 @@ def test_a_result_is_named_by_day_and_device(tmp_path):
     report.add("sparse", {"point": "64K", "backend": "triton"}, Timing(0.002, 0.0019, 0.0021, 5), rate=float("inf"))
     report.fail("fa4", torch.OutOfMemoryError("2 GB"))
     page = report.write()
-    assert page.name == "2027-01-02-nvidia-h200.md"
+    assert report.write() == page == tmp_path / "2027-01-02-nvidia-h200.md"
+    assert Report(facts, "full", Budget(1), tmp_path).write().name == "2027-01-02-nvidia-h200-2.md"
     assert page.read_text().startswith("# NVIDIA H200, 2027-01-02 (quick)\n")
     assert "| 64K | triton | 2 ms | 10.0 % of 5 | inf |" in page.read_text()
     found = json.loads(page.with_suffix(".json").read_text(), parse_constant=pytest.fail)
@@ -287,12 +294,35 @@ def test_a_result_is_named_by_day_and_device(tmp_path):
     assert found["skipped"] == [["fa4", "OutOfMemoryError: 2 GB"]] and found["facts"]["commit"] == "abc"
 
 
-def test_the_fastest_backend_is_timed_at_all_densities_of_the_longest_prompt(tmp_path):
+def test_the_fastest_backend_is_timed_at_all_densities_of_the_longest_prompt():
     suite = Suite(CPU, REHEARSAL, Budget(1), None, green=("fa4", "triton"))
     assert suite.fastest == "fa4"
     short, long = Point(1024), Point(2048)
     for name, point, seconds in (("fa4", short, 1), ("triton", long, 2), ("triton", long, 2), ("fa4", long, 1)):
         suite.note_speed(name, point, seconds)
     assert suite.fastest == "triton"
-    suite.dense |= {short: ("FA3", Timing(1, 1, 1, 1)), long: ("FA4", Timing(1, 1, 1, 1))}
-    assert [suite.best_dense(Point(size)) for size in (512, 1024, 4096)] == ["FA4", "FA3", "FA4"]
+    suite.lost = ("triton",)
+    assert suite.fastest == "fa4"
+
+
+def test_baselines_are_tried_by_their_times_at_the_length_before():
+    one, two = Timing(1, 1, 1, 1), Timing(2, 2, 2, 1)
+    suite = Suite(CPU, REHEARSAL, Budget(1), None, baselines=("SDPA", "FA3", "FA4"))
+    assert contenders(suite, Point(512)) == 3
+    suite.dense = {Point(1024): {"SDPA": two, "FA3": one}, Point(2048): {"FA4": one, "SDPA": two}}
+    assert suite.by_speed(Point(512)) == suite.by_speed(Point(4096)) == ["FA4", "SDPA", "FA3"]
+    assert suite.by_speed(Point(1024)) == ["FA3", "SDPA", "FA4"]
+    assert suite.best_dense(Point(1024)) == ("FA3", one) and suite.best_dense(Point(512)) is None
+    assert [contenders(suite, Point(size)) for size in (1024, 8192)] == [2, 1]  # LONG_S
+    suite.lost = ("FA4",)
+    assert suite.by_speed(Point(4096)) == ["SDPA", "FA3"]
+
+
+def test_a_dense_model_is_computed_from_attention_measured_at_its_length():
+    suite = Suite(CPU, replace(REHEARSAL, decoder=Decoder(layers=10)), Budget(1), None)
+    short, long = Point(2**17), Point(2**20)
+    suite.ladder = {2**16: 3.0, 2**17: 7.0}
+    assert predict(suite, long) == (extrapolate(suite.ladder, 2**20), "extrapolated from 65536, 131072 tokens")
+    suite.dense = {short: {"FA3": Timing(0.5, 0.5, 0.5, 3)}, long: {"FA3": Timing(30.0, 30, 30, 1)}}
+    seconds, how = predict(suite, long)
+    assert seconds == 10 * 30 + (7 - 10 * 0.5) * 8 and how.startswith("computed: 10 times the attention measured here")
