@@ -214,6 +214,14 @@ def test_lists_that_do_not_ascend_are_noticed(twin, monkeypatch):
 HOPPER = Problem(torch.device("cuda"), 90, BF16, 28, 4, 128, rows=1024, keys=1024, items=8, entries=8)
 
 
+@pytest.fixture(autouse=True)
+def nothing_known_of_the_library():
+    """What was found out about it is kept for good."""
+    fa4_backend._import_failure.cache_clear()
+    yield
+    fa4_backend._import_failure.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
