@@ -27,7 +27,7 @@ def causal_attention(
     """Attention in which key j is visible to query i where pos_k[j] <= pos_q[i].
 
     q_THD [Tq, Hq, D], k_THD and v_THD [Tk, Hkv, D], one dtype and device, Hq a multiple of Hkv; Tq, Tk may be 0.
-    pos_q [Tq], pos_k [Tk]: int64, ascending; best on CPU, since tiles are planned on the host.
+    pos_q [Tq], pos_k [Tk]: int64, ascending; best on CPU, where they are checked.
     Returns out [Tq, Hq, D] and the natural log-sum-exp of the scaled scores, lse [Hq, Tq]: fp64 for fp64 inputs, fp32
     for all others. A query that sees no key gets (0, -inf).
     backend: `reference` any device; `cpu_flash` CPU; `triton` CUDA, as a tile program; `auto` cpu_flash on CPU, triton

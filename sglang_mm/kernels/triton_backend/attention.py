@@ -44,10 +44,7 @@ def attend_kernel(
     head = tl.load(UNIT_HEADS + tl.load(ITEM_UNIT + item) * heads + place // SUBTILES)
     if head < 0:
         return
-    tile = tl.load(ITEM_ROWS + item)
-    at = tl.load(ROW_PTR + tile) + place % SUBTILES * BM + tl.arange(0, BM)
-    is_row = at < tl.load(ROW_PTR + tile + 1)
-    row = tl.load(ROWS + at, mask=is_row, other=0).to(tl.int64)
+    row, is_row = _rows(ROWS, ROW_PTR, tl.load(ITEM_ROWS + item), place % SUBTILES * BM + tl.arange(0, BM))
     d = tl.arange(0, E)
     in_head = is_row[:, None] & (d < D)[None, :]
     q = tl.load(Q + row[:, None] * q_row + head.to(tl.int64) * q_head + d[None, :], mask=in_head, other=0.0)
@@ -139,6 +136,14 @@ def _partial_visits(
 
 
 @triton.jit
+def _rows(ROWS, ROW_PTR, tile, m):
+    """(int64 [BM] rows at places m of a tile of rows, which of these there are)."""
+    at = tl.load(ROW_PTR + tile) + m
+    is_row = at < tl.load(ROW_PTR + tile + 1)
+    return tl.load(ROWS + at, mask=is_row, other=0).to(tl.int64), is_row
+
+
+@triton.jit
 def _load(
     X, first, stop, head, kv_key, kv_head, n,
     D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
@@ -217,11 +222,8 @@ def join_kernel(
     head = tl.load(UNIT_HEADS + tl.load(ITEM_UNIT + item) * heads + place // SUBTILES)
     if head < 0:
         return
-    tile = tl.load(ITEM_ROWS + item)
     m, d = tl.arange(0, BM), tl.arange(0, E)
-    at = tl.load(ROW_PTR + tile) + place % SUBTILES * BM + m
-    is_row = at < tl.load(ROW_PTR + tile + 1)
-    row = tl.load(ROWS + at, mask=is_row, other=0).to(tl.int64)
+    row, is_row = _rows(ROWS, ROW_PTR, tl.load(ITEM_ROWS + item), place % SUBTILES * BM + m)
     lse = tl.full([BM], float("-inf"), tl.float32)
     acc = tl.zeros([BM, E], tl.float32)
     step = tl.load(SPLIT_SLOTS + split * 3 + 2)
