@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sglang_mm.errors import ConfigError, RingBroken
+from sglang_mm.parallel.meter import Meter
 from sglang_mm.parallel.transport import Settle, Transport
 
 POLL_S = 0.0005
@@ -30,13 +31,14 @@ class DistributedTransport(Transport):
         self, group: dist.ProcessGroup | None, ranks: Sequence[int], device: torch.device | str, deadline_s: float
     ):
         self.group, self.ranks, self.device, self.deadline_s = group, tuple(ranks), torch.device(device), deadline_s
+        self.meter = Meter()
         self.rank = 0 if len(ranks) == 1 else self._place_in_ring()
         self._under_way: deque[_Batch] = deque()
         if len(ranks) > 1 and self.device.type == "cuda":
             # NCCL: all ranks must share in a group's first operation, and an exchange may skip some
             self.check_equal(len(ranks), "ring size")
 
-    def exchange(self, send: dict[int, list[Tensor]], receive: dict[int, list[Tensor]], stage: str) -> Settle:
+    def post(self, send: dict[int, list[Tensor]], receive: dict[int, list[Tensor]], stage: str) -> Settle:
         self.raise_if_late()
         outgoing = [(rank, tensor.contiguous()) for rank, tensors in send.items() for tensor in tensors]
         incoming = [(rank, tensor) for rank, tensors in receive.items() for tensor in tensors]

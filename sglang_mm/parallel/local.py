@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sglang_mm.errors import RankMismatch, RingBroken
+from sglang_mm.parallel.meter import Meter
 from sglang_mm.parallel.transport import Settle, Transport
 
 Result = TypeVar("Result")
@@ -52,10 +53,11 @@ class LocalTransport(Transport):
     def __init__(self, rank: int, size: int, mailboxes: Mailboxes, deadline_s: float, device: str = "cpu"):
         self.rank, self.ranks, self.deadline_s = rank, range(size), deadline_s
         self.device = torch.device(device)
+        self.meter = Meter()
         self._mailboxes = mailboxes
         self._sent, self._expected = Counter(), Counter()
 
-    def exchange(self, send: dict[int, list[Tensor]], receive: dict[int, list[Tensor]], stage: str) -> Settle:
+    def post(self, send: dict[int, list[Tensor]], receive: dict[int, list[Tensor]], stage: str) -> Settle:
         for destination, tensors in send.items():
             copies = [tensor.clone() for tensor in tensors]
             self._mailboxes.post((self.rank, destination, self._sent[destination]), copies)

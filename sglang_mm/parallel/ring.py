@@ -6,35 +6,27 @@
 A schedule is an iterator of pieces and does not care where they rest. T tokens, H heads, D head dim.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from sglang_mm.errors import ConfigError
 from sglang_mm.kernels import causal_attention, empty_state, merge
+from sglang_mm.parallel.pieces import Piece, Prefix, cached_rows, expect_rows
+from sglang_mm.parallel.stopwatch import Watch, unwatched
 from sglang_mm.parallel.transport import Transport
 from sglang_mm.types import BatchLayout
 
-Prefix = Callable[[int], tuple[Tensor, Tensor] | None]
-"""request -> its cached (k, v) [layout.start, Hkv, D], positions 0 .. start-1, or None where nothing is cached."""
 
-
-@dataclass(frozen=True)
-class Piece:
-    """The keys and values [T, Hkv, D] of the rows that rank `source` computes, in its row order. T may be 0."""
-
-    source: int
-    k: Tensor
-    v: Tensor
-
-
-def ring_pieces(k: Tensor, v: Tensor, rows: Sequence[int], transport: Transport) -> Iterator[Piece]:
+def ring_pieces(
+    k: Tensor, v: Tensor, rows: Sequence[int], transport: Transport, *, watch: Watch = unwatched
+) -> Iterator[Piece]:
     """The own piece, then those of rank - 1, rank - 2, ...; each next one travels while the caller computes.
 
     k, v [T, Hkv, D] of this rank's rows; rows: T of every rank. Ranks with T = 0 take part. Every rank must consume
-    all pieces. Raises ConfigError when k, v do not have rows[rank] rows, RingBroken past the deadline.
+    all pieces. watch: stage `transport`, the waits for pieces. Raises ConfigError when k, v do not have rows[rank]
+    rows, RingBroken past the deadline.
     """
     size, rank = transport.size, transport.rank
     if len(rows) != size or k.shape != v.shape or len(k) != rows[rank]:
@@ -46,10 +38,11 @@ def ring_pieces(k: Tensor, v: Tensor, rows: Sequence[int], transport: Transport)
         arriving = None
         if hop + 1 < size:
             shape = (2, rows[(source - 1) % size], *k.shape[1:])
-            arriving = transport.shift([piece], [shape], f"ring hop {hop + 1} of {size - 1}")
+            arriving = transport.shift([piece], [shape], f"ring hop {hop + 1} of {size - 1}", "kv")
         yield Piece(source, piece[0], piece[1])
         if arriving:
-            (piece,) = arriving.wait()
+            with watch("transport"):
+                (piece,) = arriving.wait()
 
 
 def attend_pieces(
@@ -61,35 +54,30 @@ def attend_pieces(
     scale: float,
     prefix: Prefix | None = None,
     backend: str = "auto",
+    watch: Watch = unwatched,
 ) -> Tensor:
     """Dense causal attention of this rank's rows over the cached prefixes and all pieces: out [Tq, Hq, D], q's dtype.
 
     q [Tq, Hq, D]: the rank's rows of all requests, in layout order. Partial results are merged in fp32 (fp64 for fp64).
-    Raises ConfigError when q, a piece or a prefix does not have the rows that the layout says.
+    watch: stage `attention`, its merges included. Raises ConfigError when q, a piece or a prefix does not have the
+    rows that the layout says.
     """
-    _expect_rows("q", q, layout.rows(rank))
+    expect_rows("q", q, layout.rows(rank))
     out, lse = empty_state(q)
     mine = layout.segments(rank)
 
     def attend(request: int, k: Tensor, v: Tensor, positions: Tensor) -> None:
         rows, queries = mine[request], layout.requests[request].rows[rank]
         if len(queries) and len(positions):
-            partial = causal_attention(q[rows], k, v, queries, positions, scale=scale, backend=backend)
-            merge(out[rows], lse[:, rows], *partial)
+            with watch("attention"):
+                partial = causal_attention(q[rows], k, v, queries, positions, scale=scale, backend=backend)
+                merge(out[rows], lse[:, rows], *partial)
 
     for request, start in enumerate(layout.start for layout in layout.requests):
-        cached = prefix(request) if prefix else None
-        k, v = cached or (q[:0], q[:0])
-        _expect_rows(f"cached prefix of request {request}", k, start)
-        attend(request, k, v, torch.arange(start))
+        attend(request, *cached_rows(prefix, request, start, q), torch.arange(start))
     for piece in pieces:
-        _expect_rows(f"piece of rank {piece.source}", piece.k, layout.rows(piece.source))
+        expect_rows(f"piece of rank {piece.source}", piece.k, layout.rows(piece.source))
         for request, theirs in enumerate(layout.segments(piece.source)):
             positions = layout.requests[request].rows[piece.source]
             attend(request, piece.k[theirs], piece.v[theirs], positions)
     return out.to(q.dtype)
-
-
-def _expect_rows(what: str, tensor: Tensor, rows: int) -> None:
-    if len(tensor) != rows:
-        raise ConfigError(f"{what} with {len(tensor)} rows", f"{rows} rows", "use the layout that made the tensor")

@@ -1,9 +1,10 @@
-"""How tensors travel between the C ranks of one ring. An implementation provides `exchange`; the rest follows.
+"""How tensors travel between the C ranks of one ring. An implementation provides `post`; the rest follows.
 
 Tensors without elements never travel: sender and receiver both know from the layout that nothing is there. Ranks are
 places in the ring, 0 .. C-1; errors name world ranks. Every wait ends after `deadline_s` seconds in RingBroken.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sglang_mm.errors import ConfigError, RankMismatch
+from sglang_mm.parallel.meter import Meter
 
 Settle = Callable[[bool], None]
 """Waits for posted messages. True: until the host may read the values; False: until the device's stream may."""
@@ -31,31 +33,60 @@ class Transfer:
 
 
 class Transport(Protocol):
-    """One rank's end of the ring. device: where tensors must lie; deadline_s: seconds any wait may take."""
+    """One rank's end of the ring. device: where tensors must lie; deadline_s: seconds any wait may take.
+
+    meter: what this rank has sent so far, by kind of message.
+    """
 
     rank: int
     ranks: Sequence[int]
     device: torch.device
     deadline_s: float
+    meter: Meter
 
-    def exchange(self, send: dict[int, list[Tensor]], receive: dict[int, list[Tensor]], stage: str) -> Settle:
-        """Post messages to and from other ranks and return at once. Buffers in `receive` are filled once settled."""
+    def post(self, send: dict[int, list[Tensor]], receive: dict[int, list[Tensor]], stage: str) -> Settle:
+        """What `exchange` does, for tensors with elements, uncounted."""
         ...
+
+    def exchange(
+        self, send: dict[int, list[Tensor]], receive: dict[int, list[Tensor]], stage: str, kind: str = "other"
+    ) -> Settle:
+        """Post messages to and from other ranks and return at once. Buffers in `receive` are filled once settled.
+
+        Sent tensors must not be written to before. stage: what errors say; kind: under which the meter counts.
+        """
+        send, receive = _with_elements(send), _with_elements(receive)
+        account = self.meter.count(kind, (tensor for tensors in send.values() for tensor in tensors))
+        wait = self.post(send, receive, stage)
+
+        def settle(host: bool) -> None:
+            began = time.perf_counter()
+            wait(host)
+            account.host_waited_s += time.perf_counter() - began
+
+        return settle
 
     @property
     def size(self) -> int:
         return len(self.ranks)
 
-    def shift(self, tensors: Sequence[Tensor], like: Sequence[Sequence[int]], stage: str = "shift") -> Transfer:
+    def shift(
+        self, tensors: Sequence[Tensor], like: Sequence[Sequence[int]], stage: str = "shift", kind: str = "other"
+    ) -> Transfer:
         """Send tensors to rank + 1 and receive as many, of shapes `like` and the same dtypes, from rank - 1."""
         if self.size == 1:
             return Transfer(list(tensors), _nothing_to_wait_for)
         after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         arrivals = [tensor.new_empty(tuple(shape)) for tensor, shape in zip(tensors, like, strict=True)]
-        return Transfer(arrivals, self.exchange({after: _filled(tensors)}, {before: _filled(arrivals)}, stage))
+        return Transfer(arrivals, self.exchange({after: list(tensors)}, {before: arrivals}, stage, kind))
 
     def all_to_all(
-        self, send: Sequence[Tensor], receive_rows: Sequence[int], stage: str = "all_to_all", host: bool = False
+        self,
+        send: Sequence[Tensor],
+        receive_rows: Sequence[int],
+        stage: str = "all_to_all",
+        host: bool = False,
+        kind: str = "other",
     ) -> list[Tensor]:
         """Send send[r] [n, ...] to rank r and return, per rank r, the receive_rows[r] rows that r sent here.
 
@@ -68,9 +99,9 @@ class Transport(Protocol):
         arrivals = [send[r].new_empty((rows, *send[r].shape[1:])) for r, rows in enumerate(receive_rows)]
         arrivals[self.rank] = send[self.rank]
         if peers:
-            outgoing = {rank: _filled([send[rank]]) for rank in peers}
-            incoming = {rank: _filled([arrivals[rank]]) for rank in peers}
-            self.exchange(outgoing, incoming, stage)(host)
+            outgoing = {rank: [send[rank]] for rank in peers}
+            incoming = {rank: [arrivals[rank]] for rank in peers}
+            self.exchange(outgoing, incoming, stage, kind)(host)
         return arrivals
 
     def sum_(self, tensor: Tensor, stage: str = "sum") -> Tensor:
@@ -88,15 +119,15 @@ class Transport(Protocol):
         """Raise RankMismatch on every rank when `number`, 0 <= number < 2**64, is not the same on all ranks."""
         signed = number - (1 << 64) if number >> 63 else number
         mine = torch.tensor([signed], dtype=torch.int64, device=self.device)
-        numbers = self.all_to_all([mine] * self.size, [1] * self.size, f"check of {what}", host=True)
+        numbers = self.all_to_all([mine] * self.size, [1] * self.size, f"check of {what}", True, "checks")
         given = {rank: int(theirs) % (1 << 64) for rank, theirs in zip(self.ranks, numbers, strict=True)}
         if len(set(given.values())) > 1:
             listed = ", ".join(f"rank {rank}: {value:#018x}" for rank, value in given.items())
             raise RankMismatch(f"ranks differ in {what} ({listed}). Start all ranks with one version and one input.")
 
 
-def _filled(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor.numel()]
+def _with_elements(messages: dict[int, list[Tensor]]) -> dict[int, list[Tensor]]:
+    return {rank: [tensor for tensor in tensors if tensor.numel()] for rank, tensors in messages.items()}
 
 
 def _nothing_to_wait_for(host: bool) -> None:

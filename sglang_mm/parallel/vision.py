@@ -4,7 +4,7 @@ The vision tower's split is independent of the layout: whole frames, evenly. One
 computes every table from the same integers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sglang_mm.errors import ConfigError
 from sglang_mm.parallel.transport import Transport
-from sglang_mm.types import BatchLayout, Frame, digest64
+from sglang_mm.types import BatchLayout, Frame, FrameKey, digest64
 
 
 def split_frames(frames: Sequence[Frame], ranks: int) -> list[list[int]]:
@@ -64,7 +64,8 @@ class EmbeddingExchange:
         device = embeddings.device
         outgoing = [embeddings[self.sent(rank, owner).to(device)] for owner in ranks]
         rows = [self.filled(rank, source) for source in ranks]
-        values = transport.all_to_all(outgoing, [len(filled) for filled in rows], "exchange of frame embeddings")
+        sizes = [len(filled) for filled in rows]
+        values = transport.all_to_all(outgoing, sizes, "exchange of frame embeddings", kind="embeddings")
         return torch.cat(rows).to(device), torch.cat(values)
 
     def digest(self) -> int:
@@ -73,23 +74,34 @@ class EmbeddingExchange:
         return digest64(frames, self.source, self.place, self.owner, self.slot)
 
 
-def plan_exchange(frames: Sequence[Sequence[Frame]], layout: BatchLayout) -> EmbeddingExchange:
+def plan_exchange(
+    frames: Sequence[Sequence[Frame]], layout: BatchLayout, held: Sequence[Mapping[FrameKey, int]] = ()
+) -> EmbeddingExchange:
     """Split the frames of a batch over the layout's ranks and find the way of each token.
 
     frames: per request, ascending and disjoint. Frames without a token in the new rows are encoded by nobody; one
     that straddles the cached prefix is encoded whole and only its new tokens travel.
+    held: per request, frames that a rank encoded before and still holds; it stays theirs, others share the rest.
     Raises ConfigError when frames overlap, or are not given per request.
     """
     _validate(frames, layout)
-    needed = [
-        (request, frame)
-        for request, (own, rows) in enumerate(zip(frames, layout.requests))
-        for frame in own
-        if frame.stop > rows.start and frame.start < rows.start + rows.length
-    ]
-    split = split_frames([frame for _, frame in needed], layout.ranks)
-    encode = tuple(tuple(needed[i] for i in indices) for indices in split)
-    return EmbeddingExchange(encode, *_ways(encode, layout))
+    encode: list[list[tuple[int, Frame]]] = [[] for _ in range(layout.ranks)]
+    new = []
+    for request, frame in _needed(frames, layout):
+        holder = held[request].get(frame.key) if held else None
+        (new if holder is None else encode[holder]).append((request, frame))
+    for rank, indices in enumerate(split_frames([frame for _, frame in new], layout.ranks)):
+        encode[rank] += [new[i] for i in indices]
+    lists = tuple(tuple(pairs) for pairs in encode)
+    return EmbeddingExchange(lists, *_ways(lists, layout))
+
+
+def _needed(frames: Sequence[Sequence[Frame]], layout: BatchLayout) -> Iterator[tuple[int, Frame]]:
+    """(request, frame) of every frame with a token in the new rows."""
+    for request, (own, rows) in enumerate(zip(frames, layout.requests)):
+        for frame in own:
+            if frame.stop > rows.start and frame.start < rows.start + rows.length:
+                yield request, frame
 
 
 def _ways(encode: Sequence[Sequence[tuple[int, Frame]]], layout: BatchLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Nouns every room shares, so that rooms that do not know of each other can meet. They import torch alone."""
 
-from sglang_mm.types.layout import BatchLayout, Frame, Layout, Run, digest64
+from sglang_mm.types.layout import BatchLayout, Frame, FrameKey, Layout, Run, digest64
 from sglang_mm.types.program import INF, TileProgram
 from sglang_mm.types.tokens import Axis, Classes, Modality, Place, TokenMap
 
@@ -10,6 +10,7 @@ __all__ = [
     "BatchLayout",
     "Classes",
     "Frame",
+    "FrameKey",
     "Layout",
     "Modality",
     "Place",

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from sglang_mm.errors import ConfigError
 
+FrameKey = tuple[int, int]
+"""(media item, frame of that item)"""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -51,6 +54,11 @@ class Frame:
     @property
     def stop(self) -> int:
         return self.start + self.length
+
+    @property
+    def key(self) -> FrameKey:
+        """What tells it from the other frames of its request."""
+        return self.item, self.index
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from sglang_mm.kernels.merge import state_dtype
+from sglang_mm.parallel.gather import GatherTables, attend_gathered
 from sglang_mm.parallel.layout import make_layout
 from sglang_mm.parallel.ring import attend_pieces, ring_pieces
+from sglang_mm.parallel.stopwatch import Watch, unwatched
 from sglang_mm.parallel.transport import Transport
 from sglang_mm.types import BatchLayout, Run
 from tests.kernels.oracle import dense, tolerances
@@ -72,12 +74,26 @@ def make_prompts(
     return Prompts(layout, q, k, v)
 
 
-def ring_attention(prompts: Prompts, transport: Transport, backend: str = "auto", keep=lambda piece: True) -> Tensor:
+def ring_attention(
+    prompts: Prompts, transport: Transport, backend: str = "auto", keep=lambda piece: True, watch: Watch = unwatched
+) -> Tensor:
     """One rank's output. keep: drops pieces on purpose, for controls that must fail."""
     rank, rows = transport.rank, [prompts.layout.rows(rank) for rank in range(transport.size)]
     q, k, v = (prompts.shard(tensors, rank) for tensors in (prompts.q, prompts.k, prompts.v))
-    pieces = filter(keep, ring_pieces(k, v, rows, transport))
-    return attend_pieces(q, prompts.layout, rank, pieces, scale=SCALE, prefix=prompts.prefix, backend=backend)
+    pieces = filter(keep, ring_pieces(k, v, rows, transport, watch=watch))
+    options = {"scale": SCALE, "prefix": prompts.prefix, "backend": backend, "watch": watch}
+    return attend_pieces(q, prompts.layout, rank, pieces, **options)
+
+
+def gathered_attention(prompts: Prompts, transport: Transport, backend: str = "auto", **kwargs) -> Tensor:
+    """The same by the schedule `gather`."""
+    q, k, v = (prompts.shard(tensors, transport.rank) for tensors in (prompts.q, prompts.k, prompts.v))
+    tables = GatherTables(prompts.layout, q.device)
+    kwargs = {"scale": SCALE, "prefix": prompts.prefix, "backend": backend, **kwargs}
+    return attend_gathered(q, k, v, tables, transport, **kwargs)
+
+
+SCHEDULES = {"ring": ring_attention, "gather": gathered_attention}
 
 
 def ring_errors(prompts: Prompts, outputs: list[Tensor]) -> list[tuple[float, float]]:

@@ -1,16 +1,19 @@
-"""The ring between real processes over gloo: 2 and 3 ranks, and ranks that hang or die."""
+"""Both schedules between real processes over gloo: 2 and 3 ranks, and ranks that hang or die."""
 
 import os
 import time
+from dataclasses import astuple
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from sglang_mm.errors import ConfigError, RankMismatch, RingBroken
+from sglang_mm.parallel.calibration import calibrate
+from sglang_mm.parallel.cost import ModelShape
 from sglang_mm.parallel.distributed import DistributedTransport
 from tests.parallel.processes import run_processes
-from tests.parallel.prompts import assert_ring_equals_dense, batch, make_prompts, ring_attention
+from tests.parallel.prompts import SCHEDULES, assert_ring_equals_dense, batch, make_prompts
 
 RINGS = {"whole world": (0, 1, 2), "two ranks, turned around": (2, 0)}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -37,8 +40,11 @@ def healthy(world_rank: int) -> dict:
         if world_rank in members:
             transport = DistributedTransport(group, members, "cpu", deadline_s=30)
             report[name] = {"rank": transport.rank, "checks": checks(transport)} | {
-                dtype: ring_attention(prompts_of(len(members), dtype), transport).double().numpy() for dtype in DTYPES
+                (schedule, dtype): attend(prompts_of(len(members), dtype), transport).double().numpy()
+                for schedule, attend in SCHEDULES.items()
+                for dtype in DTYPES
             }
+            report[name]["constants"] = astuple(calibrate(transport, ModelShape(1, 4, 2, 16, torch.float32)))
     with pytest.raises(ConfigError, match="the group's ranks"):
         DistributedTransport(dist.group.WORLD, [0, 1], "cpu", deadline_s=1)
     return report
@@ -76,10 +82,11 @@ def ring(request, reports):
     return members, found
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ring_equals_dense(ring, dtype):
+def test_schedule_equals_dense(ring, schedule, dtype):
     members, found = ring
-    outputs = [torch.from_numpy(report[dtype]).to(DTYPES[dtype]) for report in found]
+    outputs = [torch.from_numpy(report[schedule, dtype]).to(DTYPES[dtype]) for report in found]
     assert_ring_equals_dense(prompts_of(len(members), dtype), outputs)
 
 
@@ -100,38 +107,56 @@ def test_a_mismatch_is_raised_on_every_rank_and_names_world_ranks(ring):
             assert f"rank {world_rank}: {2**63 + place:#018x}" in report["checks"]["mismatch"]
 
 
+def test_calibration_agrees_on_one_set_of_constants(ring):
+    constants = {report["constants"] for report in ring[1]}
+    assert len(constants) == 1 and all(0 < value < float("inf") for value in constants.pop())
+
+
+def hang() -> None:
+    time.sleep(FAULT_DEADLINE_S + 1)
+
+
+def die() -> None:
+    os._exit(3)
+
+
+FAULTS = {2: [("ring", hang), ("ring", die)], 3: [("ring", hang), ("gather", hang), ("gather", die)]}
+
+
 def faulty(world_rank: int) -> list[dict]:
-    """Rank 1 hangs in a first ring and dies in a second one; the others report what they saw of each."""
-    rings = [dist.new_group(list(range(dist.get_world_size()))) for _ in range(2)]
-    faults = [lambda: time.sleep(FAULT_DEADLINE_S + 1), lambda: os._exit(3)]
-    return [broken_ring(world_rank, group, fault) for group, fault in zip(rings, faults)]
+    """Rank 1 hangs in a ring of its own per fault, and dies in the last one; the others report what they saw."""
+    size = dist.get_world_size()
+    rings = [dist.new_group(list(range(size))) for _ in FAULTS[size]]
+    return [broken_ring(world_rank, group, *fault) for group, fault in zip(rings, FAULTS[size])]
 
 
-def broken_ring(world_rank: int, group, fault) -> dict:
+def broken_ring(world_rank: int, group, schedule: str, fault) -> dict:
     dist.barrier()  # over connections of its own: whoever hung is back
     size = dist.get_world_size()
     transport = DistributedTransport(group, range(size), "cpu", FAULT_DEADLINE_S)
     prompts = prompts_of(size, "fp32")
-    ring_attention(prompts, transport)  # a ring that has worked before
+    SCHEDULES[schedule](prompts, transport)  # a ring that has worked before
     if world_rank == 1:
         fault()
         return {}
     began = time.monotonic()
     try:
-        ring_attention(prompts, transport)
+        SCHEDULES[schedule](prompts, transport)
     except RingBroken as error:
         return {"rank": error.rank, "stage": error.stage, "elapsed_s": time.monotonic() - began, "text": str(error)}
     return {}
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", FAULTS)
 def test_a_rank_that_hangs_or_dies_breaks_the_ring_for_all_others(ranks, tmp_path):
     results = run_processes(faulty, ranks, str(tmp_path / "store"))
     assert results[1] is None, "rank 1 was to die"
     for rank in set(range(ranks)) - {1}:
-        hung, died = results[rank]
-        for report in (hung, died):
-            assert report["stage"].startswith("ring hop") and report["elapsed_s"] < FAULT_DEADLINE_S + 1
-        assert "onnection" in died["text"], "a closed connection is noticed at once, with its cause"
-    after = results[(1 + 1) % ranks]
-    assert [report["rank"] for report in after] == [1, 1], "the neighbour names the culprit"
+        for (schedule, fault), report in zip(FAULTS[ranks], results[rank], strict=True):
+            assert report["stage"].startswith({"ring": "ring hop", "gather": "gather stage"}[schedule])
+            assert report["elapsed_s"] < FAULT_DEADLINE_S + 1
+            assert fault == hang or "onnection" in report["text"], "a closed connection is noticed at once, as such"
+            if fault == hang and (schedule == "gather" or rank == (1 + 1) % ranks):
+                assert report["rank"] == 1, "in a ring the neighbour names the culprit, in a gather everyone does"
+    if ranks == 2:
+        assert [report["rank"] for report in results[0]] == [1, 1]

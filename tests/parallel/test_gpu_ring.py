@@ -1,4 +1,4 @@
-"""The same ring on CUDA. torch and pytest suffice: `pytest -m gpu tests/parallel`.
+"""Both schedules on CUDA. torch and pytest suffice: `pytest -m gpu tests/parallel`.
 
 One GPU: ranks are threads that share it. Two or more: one NCCL rank per GPU, at most four.
 """
@@ -12,8 +12,9 @@ import torch.distributed as dist
 from sglang_mm.errors import RankMismatch
 from sglang_mm.parallel.distributed import DistributedTransport
 from sglang_mm.parallel.local import run_ranks
+from sglang_mm.parallel.stopwatch import Stopwatch
 from tests.parallel.processes import run_processes
-from tests.parallel.prompts import assert_ring_equals_dense, batch, make_prompts, ring_attention
+from tests.parallel.prompts import SCHEDULES, assert_ring_equals_dense, batch, make_prompts
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -21,9 +22,10 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
-def test_threads_that_share_a_gpu_equal_dense(ranks, dtype):
-    prompts = make_prompts(batch(ranks), ranks, dtype, device="cuda")
-    outputs = run_ranks(lambda transport: ring_attention(prompts, transport), ranks, device="cuda")
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_threads_that_share_a_gpu_equal_dense(schedule, ranks, dtype):
+    prompts = make_prompts(batch(ranks), ranks, dtype, device="cuda", heads=(6, 2, 20))
+    outputs = run_ranks(lambda transport: SCHEDULES[schedule](prompts, transport), ranks, device="cuda")
     assert all(out.is_cuda for out in outputs)
     assert_ring_equals_dense(prompts, outputs)
 
@@ -38,6 +40,19 @@ def test_checks_between_threads_on_a_gpu():
     assert run_ranks(checks, 3, device="cuda") == [[7.0] * 3] * 3
 
 
+@pytest.mark.gpu
+def test_a_stopwatch_measures_the_stream_and_does_not_wait_before_it_is_read():
+    watch = Stopwatch("cuda")
+    torch.cuda.synchronize()
+    began = time.monotonic()
+    with watch("outer"):
+        with watch("inner"):
+            torch.cuda._sleep(500_000_000)  # cycles: some tenths of a second
+        host_s = time.monotonic() - began
+    seconds = watch.seconds()
+    assert host_s < seconds["inner"] / 2 and seconds["inner"] > 0.05 and seconds["outer"] < seconds["inner"] / 10
+
+
 def nccl_ranks() -> int:
     return min(4, torch.cuda.device_count())
 
@@ -50,9 +65,10 @@ def nccl_ring(rank: int) -> dict:
     send = [torch.full((other, 2), float(rank), device=device) for other in range(ranks)]
     received = transport.all_to_all(send, [rank] * ranks)
     outputs = {}
-    for dtype in DTYPES:
-        prompts = make_prompts(batch(ranks), ranks, dtype, device=device)
-        outputs[str(dtype)] = ring_attention(prompts, transport).double().cpu().numpy()
+    for schedule, attend in SCHEDULES.items():
+        for dtype in DTYPES:
+            prompts = make_prompts(batch(ranks), ranks, dtype, device=device)
+            outputs[schedule, str(dtype)] = attend(prompts, transport).double().cpu().numpy()
     return {"outputs": outputs, "received": [tensor.tolist() for tensor in received]}
 
 
@@ -62,9 +78,11 @@ def test_nccl_ranks_equal_dense(tmp_path):
     reports = run_processes(nccl_ring, ranks, str(tmp_path / "store"), backend="nccl")
     for rank, report in enumerate(reports):
         assert report["received"] == [[[float(source)] * 2] * rank for source in range(ranks)]
-    for dtype in DTYPES:
-        outputs = [torch.from_numpy(report["outputs"][str(dtype)]).to("cuda", dtype) for report in reports]
-        assert_ring_equals_dense(make_prompts(batch(ranks), ranks, dtype, device="cuda"), outputs)
+    for schedule in SCHEDULES:
+        for dtype in DTYPES:
+            found = [torch.from_numpy(report["outputs"][schedule, str(dtype)]) for report in reports]
+            prompts = make_prompts(batch(ranks), ranks, dtype, device="cuda")
+            assert_ring_equals_dense(prompts, [out.to("cuda", dtype) for out in found])
 
 
 def nccl_host_runs_ahead(rank: int) -> tuple[float, float]:

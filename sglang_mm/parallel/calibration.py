@@ -1,0 +1,106 @@
+"""The cost model's constants, measured once at start: a little attention, some copies, some messages.
+
+Every rank measures while the others do, since that is how they work. T rows, H heads, D head dim.
+"""
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from sglang_mm.kernels import causal_attention, empty_state, merge
+from sglang_mm.parallel.cost import Constants, ModelShape
+from sglang_mm.parallel.transport import Transport
+
+REPEATS = 3
+FEW_ROWS, FIRST_ROWS, MOST_ROWS = 16, 512, 8192
+KEYS_PER_ROW = 4  # most keys of a long prompt are seen by whole tiles of rows, as here
+ENOUGH_S = 0.03  # attention that takes so long, or MOST_ROWS rows, tells the rate
+BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}  # copied or sent: far more than what a message costs by itself
+
+
+def calibrate(transport: Transport, shape: ModelShape, backend: str = "auto") -> Constants:
+    """Measure this machine with all ranks at once; the same constants, bit for bit, on all.
+
+    Collective. Below a second on CPU for heads of common size; kernels that must be compiled first come on top. Seconds
+    are averaged over the ranks. Raises RingBroken when another rank is not there by the deadline.
+    """
+    device = transport.device
+    link = _link(transport)  # first: whoever is missing is noticed at once, and ranks measure the rest together
+    mine = [*link, *_attention(shape, backend, device), _memory(shape, device)]
+    agreed = transport.all_to_all(
+        [torch.tensor([mine], dtype=torch.float64, device=device)] * transport.size,
+        [1] * transport.size,
+        "calibration: agreement",
+        True,
+        "checks",
+    )
+    latency_s, byte_s, call_s, flop_s, memory_s = torch.cat(agreed).mean(0).tolist()
+    return Constants(1 / flop_s, 1 / byte_s if byte_s else math.inf, latency_s, 1 / memory_s, call_s)
+
+
+def _attention(shape: ModelShape, backend: str, device: torch.device) -> tuple[float, float]:
+    """(seconds of a call with next to no work in it, seconds of one operation in a call with enough)"""
+    call_s = _fastest(_attend(FEW_ROWS, shape, backend, device), device)
+    rows = FIRST_ROWS
+    while True:
+        seconds = _fastest(_attend(rows, shape, backend, device), device)
+        if seconds > max(ENOUGH_S, 2 * call_s) or rows >= MOST_ROWS:
+            break
+        rows *= 2
+    pairs = rows * rows + rows * (rows + 1) // 2
+    return call_s, max(seconds - call_s, seconds / 2) / (pairs * shape.flops(shape.q_heads))
+
+
+def _attend(rows: int, shape: ModelShape, backend: str, device: torch.device) -> Callable[[], object]:
+    """The last rows of a prompt look at all of it."""
+    keys = torch.arange(KEYS_PER_ROW * rows)
+    q = torch.zeros(rows, shape.q_heads, shape.head_dim, dtype=shape.dtype, device=device)
+    k, v = (torch.zeros(len(keys), shape.kv_heads, shape.head_dim, dtype=shape.dtype, device=device) for _ in range(2))
+    return lambda: causal_attention(q, k, v, keys[-rows:], keys, scale=1.0, backend=backend)
+
+
+def _memory(shape: ModelShape, device: torch.device) -> float:
+    """Seconds of a byte, in one merge and one reordering copy of as many bytes."""
+    size = _block(device)
+    rows = max(1, size // shape.state_bytes)
+    state = empty_state(torch.zeros(rows, shape.q_heads, shape.head_dim, dtype=shape.dtype, device=device))
+    partial = tuple(tensor.zero_() for tensor in empty_state(state[0]))
+    keys = torch.zeros(max(1, size // shape.kv_bytes(1)), shape.kv_bytes(1), dtype=torch.uint8, device=device)
+    turned = torch.arange(len(keys), device=device).flip(0)
+    moved = 3 * state[0].nbytes + 2 * keys.nbytes
+    merge_s = _fastest(lambda: merge(*state, *partial), device)
+    return (merge_s + _fastest(lambda: keys.index_select(0, turned), device)) / moved
+
+
+def _link(transport: Transport) -> tuple[float, float]:
+    """(seconds of the smallest message, of one further byte) while every rank sends to the next one."""
+    if transport.size == 1:
+        return 0.0, 0.0
+
+    def seconds_of(size: int) -> float:
+        message = torch.zeros(size, dtype=torch.uint8, device=transport.device)
+        return _fastest(
+            lambda: transport.shift([message], [message.shape], "calibration", "checks").wait(host=True),
+            transport.device,
+        )
+
+    size = _block(transport.device)
+    return seconds_of(1), seconds_of(size) / size
+
+
+def _block(device: torch.device) -> int:
+    return BLOCK_BYTES.get(device.type, BLOCK_BYTES["cpu"])
+
+
+def _fastest(work: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
+    """Seconds of the fastest run after a first one that is not counted."""
+    seconds = []
+    for _ in range(1 + repeats):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])

@@ -1,0 +1,160 @@
+"""What attention of one prefill will cost under each schedule: the slowest rank's seconds, K/V transport included.
+
+C ranks, R rows of a rank, N rows of all, P (query, key) pairs, D head dim, b bytes of an element. Per layer:
+
+    attend(P)     calls * call_s + 4 * D * Hq * P / attention_flops_per_s           two products, 2 operations each
+    send(bytes)   messages * latency_s + bytes / bytes_per_s
+    merge(R)      3 * R * Hq * D * (4, in fp64 8) / memory_bytes_per_s              state read, partial read, written
+    copy(R, n)    2 * R * 2 * n * D * b / memory_bytes_per_s                        keys and values of n heads
+
+    ring      prefix, then C hops in lock step: the slowest rank's attend + merge of a piece, or, where that is longer,
+              the send of the largest next piece. The last hop sends nothing.
+    gather    per rank: the first stage's send, then per stage attend + copy of the keys it sees, into their order, or,
+              where that is longer, the next stage's send; in the end a copy of all, whole pieces for the K/V pool.
+
+So the total is transport of the first stage + sum of max(compute of a stage, transport of the next); layers are alike.
+Left out, since it is the same for both: masked keys that a kernel computes all the same (a short prompt takes longer
+than predicted), the write to the pool, and what is not attention. Why these schedules: docs/decisions.md.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from sglang_mm.kernels.merge import state_dtype
+from sglang_mm.parallel.gather import head_stages
+from sglang_mm.types import BatchLayout, Layout
+
+RING, GATHER = "ring", "gather"
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Attention of one rank: its decoder layers, its share of query and K/V heads, head dim, dtype of K and V."""
+
+    layers: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def flops(self, heads: int) -> int:
+        """Of one (query, key) pair in `heads` query heads."""
+        return 4 * heads * self.head_dim
+
+    def kv_bytes(self, heads: int) -> int:
+        """Keys and values of one row in `heads` K/V heads."""
+        return 2 * heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def state_bytes(self) -> int:
+        """Partial results of one row."""
+        return self.q_heads * self.head_dim * state_dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What one rank of this machine does. call_s: seconds of a kernel call with next to no work in it.
+
+    memory_bytes_per_s: bytes read or written while partial results are merged and keys reordered.
+    bytes_per_s, latency_s: of messages to another rank while all ranks send.
+    """
+
+    attention_flops_per_s: float
+    bytes_per_s: float
+    latency_s: float
+    memory_bytes_per_s: float
+    call_s: float = 0.0
+
+
+def predict(layout: BatchLayout, shape: ModelShape, constants: Constants) -> dict[str, float]:
+    """Seconds per schedule. The same numbers wherever the arguments are the same."""
+    work = _Work(layout)
+    return {
+        RING: shape.layers * _ring_s(work, shape, constants),
+        GATHER: shape.layers * _gather_s(work, shape, constants),
+    }
+
+
+def choose(predictions: dict[str, float]) -> str:
+    """The schedule with the least seconds; the ring, which holds less at once, where they are equal."""
+    return min(predictions, key=lambda schedule: (predictions[schedule], schedule != RING))
+
+
+def pairs_between(layout: Layout) -> Tensor:
+    """int64 [C, C]: (query, key) pairs of rank r's rows with the new rows of rank s; cached keys not counted."""
+    owner, lengths = layout.owner().unique_consecutive(return_counts=True)
+    held = one_hot(owner, layout.ranks) * lengths.unsqueeze(-1)
+    pairs = held.T @ (held.cumsum(0) - held)  # each stretch of rows, with all before it
+    inside = one_hot(owner, layout.ranks).T @ (lengths * (lengths + 1) // 2)
+    return pairs + torch.diag(inside)
+
+
+class _Work:
+    """Counts per rank and source, summed over requests. Requests of which a rank has no row cost it nothing."""
+
+    def __init__(self, layout: BatchLayout):
+        self.ranks = layout.ranks
+        held = torch.tensor([[len(rows) for rows in own.rows] for own in layout.requests])
+        starts = torch.tensor([own.start for own in layout.requests])
+        cached, some = (starts > 0).long(), (held > 0).long()
+        self.rows: list[int] = held.sum(0).tolist()
+        self.pairs: list[list[int]] = sum(pairs_between(own) for own in layout.requests).tolist()
+        self.calls: list[list[int]] = (some.T @ some).tolist()
+        self.merged: list[list[int]] = (held.T @ some).tolist()
+        self.prefix_pairs: list[int] = (starts @ held).tolist()
+        self.prefix_calls: list[int] = (cached @ some).tolist()
+        self.prefix_merged: list[int] = (cached @ held).tolist()
+        self.requests: list[int] = some.sum(0).tolist()
+        seen = [[int(rows[-1]) + 1 if len(rows) else 0 for rows in own.rows] for own in layout.requests]
+        self.keys_seen: list[int] = torch.tensor(seen).sum(0).tolist()
+
+
+def _ring_s(work: _Work, shape: ModelShape, constants: Constants) -> float:
+    ranks = range(work.ranks)
+
+    def compute(calls: int, pairs: int, merged: int) -> float:
+        merge_s = 3 * merged * shape.state_bytes / constants.memory_bytes_per_s
+        return _attend_s(calls, pairs, shape.q_heads, shape, constants) + merge_s
+
+    seconds = max(compute(work.prefix_calls[r], work.prefix_pairs[r], work.prefix_merged[r]) for r in ranks)
+    for hop in ranks:
+        sources = [(rank - hop) % work.ranks for rank in ranks]
+        compute_s = max(compute(work.calls[r][s], work.pairs[r][s], work.merged[r][s]) for r, s in enumerate(sources))
+        last = hop + 1 == work.ranks
+        seconds += compute_s if last else max(compute_s, _send_s(1, max(work.rows), shape.kv_heads, shape, constants))
+    return seconds
+
+
+def _gather_s(work: _Work, shape: ModelShape, constants: Constants) -> float:
+    return max(_gather_rank_s(rank, work, shape, constants) for rank in range(work.ranks))
+
+
+def _gather_rank_s(rank: int, work: _Work, shape: ModelShape, constants: Constants) -> float:
+    group = shape.q_heads // shape.kv_heads
+    pairs = sum(work.pairs[rank]) + work.prefix_pairs[rank]
+    others = work.ranks - 1
+    travelling = max(sum(work.rows) - work.rows[rank], others * work.rows[rank])  # in, out: a link takes both at once
+    compute, transport = [], []
+    for stage in head_stages(shape.kv_heads):
+        heads = stage.stop - stage.start
+        copy_s = _copy_s(work.keys_seen[rank], heads, shape, constants)
+        compute.append(_attend_s(work.requests[rank], pairs, group * heads, shape, constants) + copy_s)
+        transport.append(_send_s(others, travelling, heads, shape, constants))
+    overlapped = sum(max(computing, following) for computing, following in zip(compute, transport[1:]))
+    pool_s = _copy_s(sum(work.rows), shape.kv_heads, shape, constants)
+    return transport[0] + overlapped + compute[-1] + pool_s
+
+
+def _attend_s(calls: int, pairs: int, q_heads: int, shape: ModelShape, constants: Constants) -> float:
+    return calls * constants.call_s + pairs * shape.flops(q_heads) / constants.attention_flops_per_s
+
+
+def _send_s(messages: int, rows: int, kv_heads: int, shape: ModelShape, constants: Constants) -> float:
+    return messages * constants.latency_s + rows * shape.kv_bytes(kv_heads) / constants.bytes_per_s
+
+
+def _copy_s(rows: int, kv_heads: int, shape: ModelShape, constants: Constants) -> float:
+    return 2 * rows * shape.kv_bytes(kv_heads) / constants.memory_bytes_per_s
