@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from sglang_mm.errors import ConfigError
 
 ENV = "SGLANG_MM_CONFIG"
-SCHEDULES = ("auto", "ring")
+SCHEDULES = ("auto", "ring", "gather")
 VISIONS = ("frames", "stock")
 
 
@@ -18,6 +18,8 @@ class Config:
     schedule: how K/V travel during prefill. cp_min_tokens: new tokens of a batch's longest request from which its
     prefill is sharded. vision: `frames` attends inside each frame and keeps the video's timing (as Qwen2.5-VL was
     trained), `stock` keeps SGLang 0.5.23's values. deadline_s: seconds any rank waits for another before it raises.
+    allow_local_media: directories below which requests may name local files; empty leaves the default, which is
+    any file for an Engine and for a server on loopback, and none for a server that others can reach.
     """
 
     tp: int = 1
@@ -26,6 +28,7 @@ class Config:
     cp_min_tokens: int = 512
     vision: str = "frames"
     deadline_s: float = 600.0
+    allow_local_media: tuple[str, ...] = ()
 
     def __post_init__(self):
         for name in ("tp", "cp"):
@@ -39,6 +42,11 @@ class Config:
             raise ConfigError(f"--cp-min-tokens {self.cp_min_tokens}", ">= 1", "pass --cp-min-tokens 1 to shard all")
         if not self.deadline_s > 0:
             raise ConfigError(f"--deadline {self.deadline_s}", "seconds > 0", "pass --deadline 600")
+        given = self.allow_local_media
+        object.__setattr__(self, "allow_local_media", (given,) if isinstance(given, str) else tuple(given))
+        for directory in self.allow_local_media:
+            if not os.path.isdir(directory):
+                raise ConfigError(f"--allow-local-media {directory}", "a directory", "make it, or check the path")
 
     @property
     def world_size(self) -> int:

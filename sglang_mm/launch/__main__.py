@@ -19,7 +19,9 @@ def main(argv: list[str]) -> int:
         serve(
             config,
             launch.sglang,
-            on_start=lambda model, device: print(summary.topology(config, model, device), flush=True),
+            on_start=lambda model, device, exposure: print(
+                summary.topology(config, model, device, exposure), flush=True
+            ),
             on_ready=lambda info, url: print(summary.ready(config, info, url), flush=True),
         )
     except SglangMMError as error:

@@ -52,7 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--schedule",
         choices=SCHEDULES,
         default=default.schedule,
-        help="how K/V travel between the C replicas during prefill (default %(default)s)",
+        metavar="auto|ring|gather",
+        help="how K/V travel between the C replicas during prefill: ring | gather | auto (default %(default)s)",
     )
     add(
         "--cp-min-tokens",
@@ -76,8 +77,20 @@ def build_parser() -> argparse.ArgumentParser:
         dest="deadline_s",
         help="longest wait of one rank for another before it raises (default %(default)s)",
     )
+    _add_local_media(add)
     add("--help-all", action="store_true", help="show this and SGLang's flags (takes some seconds)")
     return parser
+
+
+def _add_local_media(add) -> None:
+    add(
+        "--allow-local-media",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="requests may name files below DIR (give it again for more; default: any file while --host is loopback, "
+        "none otherwise)",
+    )
 
 
 def parse(argv: list[str]) -> Launch:

@@ -1,9 +1,10 @@
 """What a launch says: the topology before any process starts, sizes and the address when it is ready."""
 
 from sglang_mm.config import Config
+from sglang_mm.serving.exposure import Exposure
 
 
-def topology(config: Config, model: str, device: str) -> str:
+def topology(config: Config, model: str, device: str, exposure: Exposure) -> str:
     """Before start-up."""
     sharded = f"prompts of >= {config.cp_min_tokens} new tokens over {config.cp} replicas"
     return "\n".join(
@@ -12,8 +13,10 @@ def topology(config: Config, model: str, device: str) -> str:
             f"  topology   tp {config.tp} x cp {config.cp} = {config.world_size} ranks on {device}; "
             "weights split over tp, replicated over cp",
             f"  prefill    {'sharded: ' + sharded if config.cp > 1 else 'one replica, not sharded'}"
-            + (f"; schedule {config.schedule} -> ring" if config.cp > 1 else ""),
+            + (f"; schedule {config.schedule}" if config.cp > 1 else ""),
             f"  vision     {_vision(config)}",
+            f"  files      requests may name {' and '.join(exposure.readable)}",
+            *(f"  WARNING    {warning}" for warning in exposure.warnings),
         ]
     )
 

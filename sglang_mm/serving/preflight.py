@@ -1,7 +1,6 @@
 """Everything that can be known to fail before a process starts, checked in that order; and the environment of one."""
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,13 +18,16 @@ def environment(config: Config) -> Iterator[bool]:
     from sglang_mm.serving.platform import has_accelerator
     from sglang_mm.serving.selfcheck import check_plugin, check_sglang
 
+    if os.environ.get("SGLANG_RUST_SERVER", "").lower() in ("1", "true", "yes", "on"):
+        raise ConfigError(
+            "SGLANG_RUST_SERVER is set", "SGLang's Python server, which checks requests and media", "unset it"
+        )
     on_cpu = not has_accelerator()
     before = dict(os.environ)
     config.to_env()
     # SGLang then imports its own two hundred models only if ours is not the one asked for
     os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", MODELS)
-    if config.vision == "frames":
-        os.environ["SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE"] = PROCESSORS
+    os.environ["SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE"] = PROCESSORS
     if config.cp > 1 and not on_cpu:
         # replicas sample the same token from the same logits; should they not, SGLang settles on one (by NCCL)
         os.environ.setdefault("SYNC_TOKEN_IDS_ACROSS_TP", "1")
@@ -59,46 +61,68 @@ def bind_cores(ranks: int, cores: list[int]) -> str:
     return "|".join(",".join(map(str, cores[rank * each : (rank + 1) * each])) for rank in range(ranks))
 
 
-def check_launch(config: Config, model_path: str, *, trust_remote_code: bool, revision: str | None) -> None:
-    """Devices and model architecture. Raises ConfigError."""
-    import torch
-
-    if torch.cuda.is_available() and config.world_size > torch.cuda.device_count():
-        raise ConfigError(
-            f"--tp {config.tp} --cp {config.cp} needs {config.world_size} GPUs",
-            f"tp x cp <= {torch.cuda.device_count()}, the GPUs of this machine",
-            "lower --cp or --tp",
-        )
-    if config.cp == 1:
+def check_launch(config: Config, asked, *, on_cpu: bool) -> None:
+    """Devices, architecture and sizes of the model. asked: SGLang's ServerArgs. Raises ConfigError."""
+    if not on_cpu:
+        check_devices(config, asked)
+    if config.world_size == 1:
         return
-    architecture = _architecture(model_path, trust_remote_code, revision)
-    if architecture not in SUPPORTED:
+    found = _read_config(asked.model_path, asked.trust_remote_code, asked.revision)
+    architecture = (found.architectures or ["unknown"])[0]
+    if config.cp > 1 and architecture not in SUPPORTED:
         raise ConfigError(
-            f"{model_path} is a {architecture}, with --cp {config.cp}",
+            f"{asked.model_path} is a {architecture}, with --cp {config.cp}",
             ", ".join(SUPPORTED),
             "serve it with --cp 1, where SGLang's own model runs",
         )
+    if architecture in SUPPORTED and not on_cpu:  # on CPU SGLang pads heads
+        check_sizes(config.tp, found)
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise ConfigError when the server's port is taken, before minutes of loading."""
-    try:
-        family, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.create_server((host, port), family=family):
-            pass
-    except OSError as error:
-        raise ConfigError(f"--port {port} on {host} ({error.strerror})", "a free port", "pass another --port") from None
+def check_devices(config: Config, asked) -> None:
+    """As many devices as ranks. Raises ConfigError."""
+    import torch
+
+    last, there = asked.base_gpu_id + (config.world_size - 1) * asked.gpu_id_step, torch.cuda.device_count()
+    if torch.cuda.is_available() and last >= there:
+        place = f" from --base-gpu-id {asked.base_gpu_id}" if asked.base_gpu_id else ""
+        place += f" in steps of {asked.gpu_id_step}" if asked.gpu_id_step != 1 else ""
+        raise ConfigError(
+            f"--tp {config.tp} --cp {config.cp} needs {config.world_size} GPUs{place}",
+            f"tp x cp <= {there}, the GPUs of this machine that CUDA_VISIBLE_DEVICES shows",
+            "lower --cp or --tp",
+        )
 
 
-def _architecture(model_path: str, trust_remote_code: bool, revision: str | None) -> str:
+def check_sizes(tp: int, model) -> None:
+    """Every layer of the model can be cut in `tp` parts. model: transformers' Qwen2.5-VL config. Raises ConfigError."""
+    text, vision = getattr(model, "text_config", model), model.vision_config
+    kv = text.num_key_value_heads
+    cut = {
+        "attention heads": text.num_attention_heads,
+        "values of the feed-forward layers": text.intermediate_size,
+        "heads of the vision tower": vision.num_heads,
+        "values of the vision tower's feed-forward layers": -(-vision.intermediate_size // 8) * 8,  # SGLang pads to 8
+    }
+    wrong = [f"{count:,} {what}" for what, count in cut.items() if count % tp]
+    if max(kv, tp) % min(kv, tp):  # fewer K/V heads than ranks are copied
+        wrong.append(f"{kv} K/V heads")
+    if wrong:
+        widths = [str(t) for t in range(1, 65) if not max(kv, t) % min(kv, t) and not any(n % t for n in cut.values())]
+        raise ConfigError(
+            f"--tp {tp} for a model with {', '.join(wrong)}", f"--tp {', '.join(widths)}",
+            "lower --tp, and raise --cp to use the same devices",
+        )  # fmt: skip
+
+
+def _read_config(model_path: str, trust_remote_code: bool, revision: str | None):
     from sglang.srt.utils.hf_transformers_utils import get_config
 
     try:
-        found = get_config(model_path, trust_remote_code=trust_remote_code, revision=revision)
+        return get_config(model_path, trust_remote_code=trust_remote_code, revision=revision)
     except Exception as error:
         raise ConfigError(
             f"--model-path {model_path} has no readable config.json ({str(error).partition(chr(10))[0]})",
             "a checkpoint directory or a model id of the hub",
             "check the path",
         ) from error
-    return (found.architectures or ["unknown"])[0]

@@ -9,10 +9,15 @@ from sglang_mm.config import Config
 from sglang_mm.errors import ConfigError
 
 PREFILL_BACKEND = "mm_ring"
+MEDIA_MB = 2048  # one download, kept in memory; SGLang's 64 are three minutes of film
 NEVER = {  # fields of SGLang's ServerArgs: (value they must keep, why, what to do instead)
     "attn_cp_size": (1, "it is derived from --cp", "pass --cp"),
     "enable_prefill_cp": (False, "it is SGLang's own context parallelism", "pass --cp alone"),
     "tokenizer_worker_num": (1, "the corrected processor runs in the server's own process", "leave it out"),
+    "smg_grpc_mode": (False, "the server speaks HTTP", "leave it out"),
+    "grpc_mode": (False, "the server speaks HTTP", "leave it out"),
+    "encoder_only": (False, "the vision tower runs on the ranks of the model", "leave it out"),
+    "language_only": (False, "the vision tower runs on the ranks of the model", "leave it out"),
 }
 NOT_SHARDED = {  # the same, but only with --cp above 1
     "prefill_attention_backend": (None, "prefill attention is ours", "choose the rest with --attention-backend"),
@@ -47,7 +52,7 @@ def refuse(config: Config, asked) -> None:
 def server_settings(config: Config, *, on_cpu: bool) -> tuple[dict, dict]:
     """SGLang server arguments for a configuration: (those that must be, those that yield to the user's)."""
     must: dict = {"tp_size": config.world_size}
-    may: dict = {}
+    may: dict = {"media_url_max_file_size_mb": MEDIA_MB}
     if config.cp > 1:
         must |= {"attn_cp_size": config.cp, "prefill_attention_backend": PREFILL_BACKEND}
         # one chunk: a chunk would attend to a prefix that every rank reads whole

@@ -1,42 +1,135 @@
-"""Qwen2.5-VL's processor, with the video's timing kept.
+"""Qwen2.5-VL's processor: SGLang's, with the video's timing kept and every medium checked before a rank sees it.
 
 SGLang 0.5.23 samples a video's frames but does not tell transformers when they were taken, so transformers assumes
 24 frames a second: at 2 sampled frames a second up to 6 frame pairs share one temporal position. Here the metadata
 of the sampling travels along, and `second_per_grid_ts` is what it is (1.0 at 2 frames a second).
 Frames sent without a container (lists, arrays) carry no timing; for those transformers' assumption stands.
+
+With --vision stock timing, frames and sizes are SGLang's; the checks stay.
 """
 
+import asyncio
 from typing import ClassVar
 
+from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from sglang.srt.multimodal.processors import qwen_vl
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
+from sglang_mm.config import Config
+from sglang_mm.serving import sampling
+from sglang_mm.serving.media_access import RequestError
+from sglang_mm.serving.media_check import ASPECT, PREPARE, PREPARED, check_markers, check_prepared, unreadable
+
 
 class TimedQwenVLProcessor(qwen_vl.QwenVLImageProcessor):
-    """SGLang's processor for one model class; everything but the two methods below is inherited."""
+    """SGLang's processor for one model class."""
 
     models: ClassVar[list] = [Qwen2_5_VLForConditionalGeneration]
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mm_config = Config.from_env() or Config()
+        self.prompt_limit = None  # intake.py sets it with every request: SGLang knows it once the ranks are there
+
+    @property
+    def marker_ids(self) -> dict[str, int]:
+        """Token ids that stand for media and for nothing else."""
+        return {"image": self.IM_TOKEN_ID, "video": self.VIDEO_TOKEN_ID}
+
+    async def process_mm_data_async(self, image_data, input_text, request_obj, *args, **kwargs):
+        """Ids, pixels and positions of a request. Raises RequestError for media that cannot be served."""
+        if request_obj.audio_data:
+            raise RequestError("audio", "images and videos: the model hears nothing", "leave the audio out")
+        media = {"image": image_data or [], "video": request_obj.video_data or []}
+        prepared = any(self._is_preprocessed_input(medium) for some in media.values() for medium in some)
+        if not prepared:
+            text = input_text if isinstance(input_text, str) else self._tokenizer.decode(input_text)
+            check_markers(text, self.mm_tokens, {kind: len(some) for kind, some in media.items()})
+        try:
+            output = await super().process_mm_data_async(image_data, input_text, request_obj, *args, **kwargs)
+        except Exception as error:
+            explained = self._explained(error, prepared)
+            raise explained from (None if explained is error else error)
+        vision = self.hf_config.vision_config
+        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        check_prepared(output, self.spatial_merge_size, patch, vision.out_hidden_size, sent=prepared)
+        return output
+
+    @staticmethod
+    def _explained(error: Exception, prepared: bool) -> Exception:
+        """What SGLang and transformers raise for media they cannot take, in our words if it is the client's doing."""
+        if isinstance(error, RequestError):
+            return error
+        if "aspect ratio" in str(error):
+            return RequestError(f"an image ({error})", ASPECT, "crop it, or cut it in parts")
+        if prepared:  # whatever goes wrong with data that a client made, it made it so
+            return RequestError(f"preprocessed media ({type(error).__name__}: {error})", PREPARED, PREPARE)
+        return error
+
+    @classmethod
+    def _load_single_item(cls, data, modality: Modality, *args, **kwargs):
+        try:
+            return super()._load_single_item(data, modality, *args, **kwargs)
+        except (ValueError, RuntimeError) as error:
+            cause = error.__cause__ or error
+            explained = unreadable(data, modality.name.lower(), cause)
+            raise explained from (None if explained is cause else cause)
+
     async def load_mm_data(self, *args, **kwargs):
         """Sample the videos right after loading, where their metadata can still be kept beside them."""
-        loaded = await super().load_mm_data(*args, **kwargs)
+        try:
+            loaded = await super().load_mm_data(*args, **kwargs)
+        except ValueError as error:
+            raise (error.__cause__ if isinstance(error.__cause__, RequestError) else error) from None
         loaded.video_metadata = None
         videos = loaded.videos or []
         containers = [isinstance(video, VideoDecoderWrapper) for video in videos]
         if any(containers):
             if not all(containers):
-                raise ValueError(
-                    "one request has video files and preprocessed frames. Allowed: one of the two. Remedy: send all "
-                    "videos as files, or all as frames"
-                )
-            sampled = [await qwen_vl.preprocess_video(video, video_config=self.video_config) for video in videos]
+                raise RequestError(
+                    "one request with video files and preprocessed frames", "one of the two",
+                    "send all videos as files, or all as frames",
+                )  # fmt: skip
+            sampled = await self._sample(videos, kwargs.get("video_data") or [])
             loaded.videos, loaded.video_metadata = map(list, zip(*sampled))
         return loaded
+
+    async def _sample(self, videos: list[VideoDecoderWrapper], names: list) -> list[tuple]:
+        """Frames and metadata of each video, decoded in threads; too many are refused before one is decoded."""
+        config = self.video_config
+        if self.mm_config.vision == "frames":
+            fits = self.prompt_limit and self.prompt_limit.tokens
+            config = sampling.limits(config, fits, len(videos))
+        planned = [await self._in_thread(name, sampling.plan, video, config) for video, name in zip(videos, names)]
+        self._check_fits(planned)
+        return [
+            await self._in_thread(name, sampling.sample, video, how)
+            for video, name, how in zip(videos, names, planned, strict=True)
+        ]
+
+    async def _in_thread(self, name, work, *args):
+        """work(*args), while the server goes on serving. Raises RequestError for a video that it cannot read."""
+        running = asyncio.get_running_loop().run_in_executor(self.io_executor, work, *args)
+        try:
+            return await asyncio.wait_for(running, self.mm_config.deadline_s)
+        except Exception as error:
+            explained = unreadable(name, "video", error)
+            raise explained from (None if explained is error else error)
+
+    def _check_fits(self, planned: list[sampling.Sampling]) -> None:
+        """An hour of video takes minutes to decode: what will not fit is known before."""
+        if self.prompt_limit is None or "size" in self.video_config:
+            return
+        patches = self._processor.video_processor.get_num_of_video_patches
+        tokens = sum(patches(how.frames, how.height, how.width, {}) for how in planned) // self.spatial_merge_size**2
+        frames = " and ".join(f"{how.frames:,} frames of {how.width}x{how.height}" for how in planned)
+        self.prompt_limit.check(tokens, f"video of {tokens:,} tokens ({frames})")
 
     async def process_and_combine_mm_data_async(self, base_output, *args, **kwargs):
         metadata = getattr(base_output, "video_metadata", None)
         if metadata is not None:
             kwargs["processor_video_config"] = qwen_vl._get_processor_video_config(self.video_config, metadata)
-            kwargs.update(video_metadata=metadata, do_sample_frames=False)
+            if self.mm_config.vision == "frames":
+                kwargs.update(video_metadata=metadata, do_sample_frames=False)
         return await super().process_and_combine_mm_data_async(base_output, *args, **kwargs)

@@ -1,0 +1,120 @@
+"""Which frames of a video file a request uses, at which size: known before any frame is decoded.
+
+SGLang takes two frames a second, at most 768 of them, and shrinks them until a video has at most 115,200 tokens; an
+hour of video is then one frame in five seconds. Here the two limits grow with what fits into one prompt:
+
+    frames   two a second up to 7,200 (one hour), as many as fit at the smallest size, never fewer than SGLang's 768
+    pixels   nine tenths of what fits, shared by the request's videos, never less than SGLang's
+
+The size of a frame stays within SGLang's bounds, 128 to 768 tokens per pair. Who sets --mm-process-config or the
+variable VIDEO_MAX_PIXELS has chosen; then that holds.
+"""
+
+import asyncio
+import logging
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from sglang.srt.multimodal.processors import qwen_vl
+
+from sglang_mm.serving.frontend import SAMPLING, SentVideo
+from sglang_mm.serving.media_access import RequestError
+
+logger = logging.getLogger(__name__)
+TOKEN_PIXELS = qwen_vl.IMAGE_FACTOR**2  # of one frame; a token covers them in FRAME_FACTOR frames
+MAX_FRAMES = 7200
+SHARE = 0.9
+FLOOR = 1.05  # SGLang never shrinks frames below so many times their smallest size
+PIECE = 64  # frames decoded at once: an hour of full-size frames is 45 GB
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """frames: how many. height, width: of each one, in pixels. config: what SGLang's preprocess_video is to be told."""
+
+    frames: int
+    height: int
+    width: int
+    config: dict
+
+
+def limits(config: dict, fits: int | None, videos: int) -> dict:
+    """SGLang's video config with frames and pixels that its user left open. fits: tokens of the longest prompt."""
+    if fits is None:
+        return config
+    pixels = int(max(qwen_vl.VIDEO_TOTAL_PIXELS, SHARE * fits * TOKEN_PIXELS / videos))
+    if "VIDEO_MAX_PIXELS" in os.environ:
+        pixels = qwen_vl.VIDEO_TOTAL_PIXELS
+    pixels = config.get("total_pixels", pixels)
+    smallest = FLOOR * config.get("min_pixels", qwen_vl.VIDEO_MIN_PIXELS)
+    frames = max(qwen_vl.FPS_MAX_FRAMES, min(MAX_FRAMES, int(qwen_vl.FRAME_FACTOR * pixels / smallest)))
+    chosen = {"total_pixels": pixels}
+    if "nframes" not in config:
+        chosen["max_frames"] = config.get("max_frames", frames)
+    return {**config, **chosen}
+
+
+def plan(video, config: dict) -> Sampling:
+    """How SGLang's preprocess_video samples this video under `config`. Raises RequestError for what has no frames."""
+    total, fps = len(video), video.avg_fps
+    if total < qwen_vl.FRAME_FACTOR or not fps or not math.isfinite(fps) or fps <= 0:
+        raise RequestError(
+            f"a video of {total} {'frame' if total == 1 else 'frames'} at {fps} a second",
+            f"at least {qwen_vl.FRAME_FACTOR} frames",
+            "send a single frame as an image; otherwise check how the file was written",
+        )  # fmt: skip
+    if isinstance(video, SentVideo):  # a program has chosen its frames
+        config = {**{key: value for key, value in config.items() if key not in SAMPLING}, "nframes": total}
+    frames = qwen_vl.smart_nframes(config, total_frames=total, video_fps=fps)
+    _tell_of_sparse(frames, total / fps, config)
+    height, width = _size(video[0].shape[:2], frames, config)  # as decoded: turned, where the file says so
+    return Sampling(frames, height, width, {**config, "resized_height": height, "resized_width": width})
+
+
+def _size(shape: tuple[int, int], frames: int, config: dict) -> tuple[int, int]:
+    """Height and width that preprocess_video gives each frame."""
+    if "resized_height" in config and "resized_width" in config:
+        return qwen_vl.smart_resize(config["resized_height"], config["resized_width"])
+    least = config.get("min_pixels", qwen_vl.VIDEO_MIN_PIXELS)
+    share = config.get("total_pixels", qwen_vl.VIDEO_TOTAL_PIXELS) / frames * qwen_vl.FRAME_FACTOR
+    most = max(min(config.get("max_pixels", qwen_vl.VIDEO_MAX_PIXELS), share), int(least * FLOOR))
+    return qwen_vl.smart_resize(*shape, min_pixels=least, max_pixels=min(config.get("max_pixels", most), most))
+
+
+def _tell_of_sparse(frames: int, seconds: float, config: dict) -> None:
+    """Say in the log that a video is seen at fewer frames than asked for: SGLang says nothing."""
+    wanted = config.get("fps", qwen_vl.FPS) * seconds
+    if "nframes" not in config and frames < 0.9 * wanted:
+        logger.info(
+            "a video of %.0f s is seen at %s frames, one in %.1f s. --mm-process-config "
+            "'{\"video\": {\"max_frames\": N}}' raises that, as far as the prompt fits.",
+            seconds, f"{frames:,}", seconds / frames,
+        )  # fmt: skip
+
+
+def sample(video, sampling: Sampling) -> tuple[torch.Tensor, dict]:
+    """preprocess_video of SGLang: frames uint8 [frames, 3, height, width] and their metadata; in a thread.
+
+    Frames are decoded and resized piece by piece, so that they are never all there at full size.
+    """
+    decode = video.get_frames_as_tensor
+
+    def in_pieces(indices: list[int]) -> torch.Tensor:
+        pieces = [_resized(decode(indices[i : i + PIECE]), sampling) for i in range(0, len(indices), PIECE)]
+        return torch.cat(pieces)
+
+    video.get_frames_as_tensor = in_pieces
+    try:
+        return asyncio.run(qwen_vl.preprocess_video(video, video_config=sampling.config))
+    finally:
+        del video.get_frames_as_tensor
+
+
+def _resized(frames: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """uint8 [n, h, w, 3] at the sampled size, as preprocess_video itself would resize them."""
+    resize, size = qwen_vl.torchvision.transforms.functional.resize, [sampling.height, sampling.width]
+    return resize(frames.permute(0, 3, 1, 2), size, interpolation=qwen_vl.InterpolationMode.BILINEAR).permute(
+        0, 2, 3, 1
+    )
