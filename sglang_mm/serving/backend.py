@@ -1,18 +1,22 @@
-"""The prefill attention backend `mm_ring`: SGLang tensors in, ring attention, SGLang tensors out.
+"""The prefill attention backend `mm_ring`: SGLang tensors in, sharded attention, SGLang tensors out.
 
 A batch without a plan (short, or of a kind that is not sharded) takes SGLang's own backend, which is also the one
 that decodes: K/V are replicated while they pass, so every stock decode backend works.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from sglang_mm.parallel.ring import Piece, attend_pieces, ring_pieces
+from sglang_mm.parallel.gather import attend_gathered
+from sglang_mm.parallel.pieces import Piece
+from sglang_mm.parallel.ring import attend_pieces, ring_pieces
 from sglang_mm.serving.plan import ATTRIBUTE, PrefillPlan
+
+Keep = Callable[[Piece], None]
 
 
 class RingAttentionBackend(AttentionBackend):
@@ -42,26 +46,26 @@ class RingAttentionBackend(AttentionBackend):
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
         v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
-        pieces = ring_pieces(k, v, plan.rows_per_rank, plan.transport)
-        if save_kv_cache:
-            pieces = self._keep(pieces, plan, layer, forward_batch)
-        out = attend_pieces(
-            q,
-            plan.layout,
-            plan.rank,
-            pieces,
-            scale=layer.scaling,
-            prefix=lambda request: self._cached_prefix(request, layer, forward_batch),
-        )
+        attend = self._gathered if plan.schedule == "gather" else self._ring
+        given = {"scale": layer.scaling, "watch": plan.sight.watch}
+        given["prefix"] = lambda request: self._cached_prefix(request, layer, forward_batch)
+        keep = (lambda piece: self._write(piece, plan, layer, forward_batch)) if save_kv_cache else None
+        out = attend(q, k, v, plan, keep, given)
+        plan.sight.layer_done(layer.layer_id)
         return out.reshape(out.shape[0], -1)
 
-    def _keep(self, pieces: Iterator[Piece], plan: PrefillPlan, layer, forward_batch) -> Iterator[Piece]:
-        """Write every passing piece to this rank's K/V pool, at the slots the scheduler gave all ranks alike."""
-        for piece in pieces:
-            slots = forward_batch.out_cache_loc[plan.flat_by_rank[piece.source]]
-            where = KVWriteLoc(slots, physical=forward_batch.out_cache_loc_is_physical)
-            self.token_to_kv_pool.set_kv_buffer(layer, where, piece.k, piece.v)
-            yield piece
+    def _ring(self, q, k, v, plan: PrefillPlan, keep: Keep | None, given: dict) -> torch.Tensor:
+        pieces = ring_pieces(k, v, plan.rows_per_rank, plan.transport, watch=plan.sight.watch)
+        return attend_pieces(q, plan.layout, plan.rank, _kept(pieces, keep) if keep else pieces, **given)
+
+    def _gathered(self, q, k, v, plan: PrefillPlan, keep: Keep | None, given: dict) -> torch.Tensor:
+        return attend_gathered(q, k, v, plan.gather_tables, plan.transport, keep=keep, **given)
+
+    def _write(self, piece: Piece, plan: PrefillPlan, layer, forward_batch) -> None:
+        """Put a piece into this rank's K/V pool, at the slots the scheduler gave all ranks alike."""
+        slots = forward_batch.out_cache_loc[plan.flat_by_rank[piece.source]]
+        where = KVWriteLoc(slots, physical=forward_batch.out_cache_loc_is_physical)
+        self.token_to_kv_pool.set_kv_buffer(layer, where, piece.k, piece.v)
 
     def _cached_prefix(self, request: int, layer, forward_batch) -> tuple[torch.Tensor, torch.Tensor] | None:
         """K and V [prefix, Hkv, D] of the tokens a request found in the cache, which every rank holds."""
@@ -71,6 +75,13 @@ class RingAttentionBackend(AttentionBackend):
         slots = self.req_to_token_pool.req_to_token[forward_batch.req_pool_indices[request], :length]
         pool = self.token_to_kv_pool
         return pool.get_key_buffer(layer.layer_id)[slots], pool.get_value_buffer(layer.layer_id)[slots]
+
+
+def _kept(pieces: Iterator[Piece], keep: Keep) -> Iterator[Piece]:
+    """The pieces, each kept as it passes."""
+    for piece in pieces:
+        keep(piece)
+        yield piece
 
 
 def stock_backend_name(runner) -> str:

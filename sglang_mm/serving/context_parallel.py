@@ -19,7 +19,9 @@ from sglang_mm.parallel.distributed import DistributedTransport
 from sglang_mm.serving.embed import embed_rows
 from sglang_mm.serving.media import UnreadableMedia
 from sglang_mm.serving.plan import ATTRIBUTE, PrefillPlan, plan_prefill, reason_for_stock
-from sglang_mm.serving.record import KEY, FallbackLog, sharded_records, stock_records
+from sglang_mm.serving.record import KEY, ChunkLog, FallbackLog, sharded_records, stock_records
+from sglang_mm.serving.schedule import ScheduleChoice
+from sglang_mm.serving.sight import progress_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,9 @@ class ContextParallelMixin:
         object.__setattr__(self, "mm_config", Config.from_env() or Config())
         group = parallel.attn_cp_group if self.mm_config.cp > 1 else None
         object.__setattr__(self, "mm_transport", self._transport(group))
+        object.__setattr__(self, "mm_schedules", ScheduleChoice(self.mm_config, self.mm_transport))
         object.__setattr__(self, "mm_fallbacks", FallbackLog())
+        object.__setattr__(self, "mm_chunks", ChunkLog())
         object.__setattr__(self, "mm_tp_group", parallel.attn_tp_group)
         with self.narrowed():
             super().__init__(*args, **kwargs)
@@ -60,11 +64,11 @@ class ContextParallelMixin:
                 return super().forward(input_ids, positions, forward_batch, *args, **kwargs)
             plan, reason = self._plan(forward_batch, more_than_generation=bool(args) or any(kwargs.values()))
             if plan:
-                records = sharded_records(plan, forward_batch)
-                output = self._forward_sharded(input_ids, forward_batch, plan)
+                output, records = self._forward_sharded(input_ids, forward_batch, plan)
             else:
-                records = stock_records(forward_batch, self.mm_config.cp, reason)
-                output = super().forward(input_ids, positions, forward_batch, *args, **kwargs)
+                records = self.mm_chunks.join(forward_batch, stock_records(forward_batch, self.mm_config.cp, reason))
+                with self._stock_progress(forward_batch):
+                    output = super().forward(input_ids, positions, forward_batch, *args, **kwargs)
         if hasattr(output, "customized_info"):
             output.customized_info = {**(output.customized_info or {}), KEY: records}
         return output
@@ -76,23 +80,41 @@ class ContextParallelMixin:
         reason = "embeddings requested" if more_than_generation else reason_for_stock(forward_batch, self.mm_config)
         if not reason:
             try:
-                return plan_prefill(forward_batch, self.visual, self.mm_transport), ""
+                chunk = self.mm_chunks.chunks_before(forward_batch)
+                return plan_prefill(forward_batch, self, self.mm_transport, self.mm_schedules, chunk), ""
             except UnreadableMedia as error:
                 logger.warning("media is not sharded: %s", error)
                 reason = "media in a form that only SGLang's own path reads"
         self.mm_fallbacks.note(reason, forward_batch)
         return None, reason
 
-    def _forward_sharded(self, input_ids, forward_batch, plan: PrefillPlan):
-        embeds = embed_rows(self, plan, input_ids, forward_batch)
+    def _stock_progress(self, forward_batch):
+        rank = self.mm_transport.rank if self.mm_transport else 0
+        chunk = self.mm_chunks.chunks_before(forward_batch)
+        return progress_of(forward_batch, rank, self.mm_config.cp, len(self.model.layers), "stock", chunk)
+
+    def _forward_sharded(self, input_ids, forward_batch, plan: PrefillPlan) -> tuple[object, list[dict]]:
+        """(SGLang's logits output, one record per request)"""
+        with plan.sight.running():
+            embeds = embed_rows(self, plan, input_ids, forward_batch)
+            hidden = self._run_decoder(embeds, forward_batch, plan)
+            with plan.sight.stage("logits"):
+                wanted, scored = wanted_rows(forward_batch)
+                rows = gather_rows(hidden, plan, wanted)
+                output = self.logits_processor(input_ids, rows, self.lm_head, scored)
+            records = self.mm_chunks.join(forward_batch, sharded_records(plan, forward_batch))
+            plan.sight.progress.records = dict(zip(forward_batch.rids or [], records))
+        return output, records
+
+    def _run_decoder(self, embeds: torch.Tensor, forward_batch, plan: PrefillPlan) -> torch.Tensor:
+        """[t, H] -> [t, H] for this rank's rows; the attention backend finds the plan on the batch."""
         positions = forward_batch.mrope_positions[:, plan.rows]
         setattr(forward_batch, ATTRIBUTE, plan)
         try:
-            hidden = self.model(input_ids=None, positions=positions, forward_batch=forward_batch, input_embeds=embeds)
+            with plan.sight.stage("layers"):
+                return self.model(input_ids=None, positions=positions, forward_batch=forward_batch, input_embeds=embeds)
         finally:
             delattr(forward_batch, ATTRIBUTE)
-        wanted, scored = wanted_rows(forward_batch)
-        return self.logits_processor(input_ids, gather_rows(hidden, plan, wanted), self.lm_head, scored)
 
 
 def wanted_rows(forward_batch) -> tuple[torch.Tensor, object]:
@@ -132,7 +154,7 @@ def gather_rows(hidden: torch.Tensor, plan: PrefillPlan, wanted: torch.Tensor) -
         if rank == plan.rank:
             mine = hidden[(found >= 0).to(hidden.device)]
     sizes = [len(found) for found in places]
-    parts = plan.transport.all_to_all([mine] * len(sizes), sizes, "gather of the asked rows", host=True)
+    parts = plan.transport.all_to_all([mine] * len(sizes), sizes, "gather of the asked rows", host=True, kind="rows")
     gathered = hidden.new_empty(len(wanted), hidden.shape[1])
     gathered[torch.cat(places).to(hidden.device)] = torch.cat(parts)
     return gathered

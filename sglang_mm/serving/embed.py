@@ -1,8 +1,11 @@
 """Embeddings of this rank's rows: text looked up locally, media encoded where their frames were put, then sent."""
 
+from collections.abc import Iterator
+
 import torch
 
 from sglang_mm.serving.plan import PrefillPlan
+from sglang_mm.types import Frame
 
 PATCHES_PER_CALL = 65536  # bounds the vision tower's activations; a frame is never split
 
@@ -17,35 +20,48 @@ def embed_rows(model, plan: PrefillPlan, input_ids: torch.Tensor, forward_batch)
     embeds = embed_tokens(torch.where(ids < embed_tokens.num_embeddings, ids, 0))
     if not any(plan.exchange.encode):
         return embeds
-    slots, media = plan.exchange.run(encode_frames(model, plan, embeds), plan.transport)
-    embeds[slots] = media
+    with plan.sight.stage("vision"):
+        encoded = encode_frames(model, plan, embeds)
+    with plan.sight.stage("exchange"):
+        slots, media = plan.exchange.run(encoded, plan.transport)
+        embeds[slots] = media
     return embeds
 
 
 def encode_frames(model, plan: PrefillPlan, like: torch.Tensor) -> torch.Tensor:
-    """The vision tower over this rank's frames, attention inside each frame: [tokens of those frames, H]."""
-    encoded, batch, patches = [], [], 0
-    for request, frame in plan.exchange.encode[plan.rank]:
-        source = plan.sources[request][frame.item]
-        rows = source.rows(frame.index, frame.length)
-        if batch and (source.embeddings is not None or patches + len(rows) > PATCHES_PER_CALL):
-            encoded.append(_run_tower(model, batch, like))
-            batch, patches = [], 0
-        if source.embeddings is not None:
-            encoded.append(rows.to(like))
-        else:
-            batch.append((rows, source.h, source.w))
-            patches += len(rows)
-    if batch:
-        encoded.append(_run_tower(model, batch, like))
+    """Embeddings [tokens, H] of the frames this rank has to send, attention inside each frame.
+
+    A frame that an earlier chunk encoded, or that the client sent encoded, does not meet the vision tower.
+    """
+    own = plan.exchange.encode[plan.rank]
+    at_hand = [plan.at_hand(request, frame) for request, frame in own]
+    fresh = _run_tower(model, plan, [pair for pair, rows in zip(own, at_hand) if rows is None], like)
+    encoded = [next(fresh) if rows is None else rows.to(like) for rows in at_hand]
+    plan.keep_cut_frames(encoded)
     return torch.cat(encoded) if encoded else like.new_empty(0, like.shape[1])
 
 
-def _run_tower(model, batch: list[tuple[torch.Tensor, int, int]], like: torch.Tensor) -> torch.Tensor:
-    """batch: (patches of a frame, its height and width in patches)."""
-    pixels = torch.cat([rows for rows, _, _ in batch]).to(device=like.device, dtype=model.visual.dtype)
-    grid = torch.tensor([[1, h, w] for _, h, w in batch])
-    return model.visual(pixels, grid_thw=grid).to(like)
+def _run_tower(model, plan: PrefillPlan, frames: list[tuple[int, Frame]], like: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Embeddings [frame.length, H] of one (request, frame) after another, from calls of bounded size."""
+    for batch in _batches(plan, frames):
+        sources = [plan.sources[request][frame.item] for request, frame in batch]
+        pixels = torch.cat([source.rows(frame.index, frame.length) for source, (_, frame) in zip(sources, batch)])
+        grid = torch.tensor([[1, source.h, source.w] for source in sources])
+        encoded = model.visual(pixels.to(device=like.device, dtype=model.visual.dtype), grid_thw=grid).to(like)
+        yield from encoded.split([frame.length for _, frame in batch])
+
+
+def _batches(plan: PrefillPlan, frames: list[tuple[int, Frame]]) -> Iterator[list[tuple[int, Frame]]]:
+    batch, patches = [], 0
+    for request, frame in frames:
+        source = plan.sources[request][frame.item]
+        if batch and patches + source.h * source.w > PATCHES_PER_CALL:
+            yield batch
+            batch, patches = [], 0
+        batch.append((request, frame))
+        patches += source.h * source.w
+    if batch:
+        yield batch
 
 
 def embed_whole(model, input_ids: torch.Tensor, forward_batch) -> torch.Tensor:

@@ -1,8 +1,12 @@
 """`sglang_mm.Engine`: SGLang's Engine with our arguments beside its own."""
 
+import os
+from collections.abc import Sequence
+
 from sglang_mm.config import Config
 from sglang_mm.errors import ConfigError
-from sglang_mm.serving import worker
+from sglang_mm.events import EventHub
+from sglang_mm.serving import media_access, worker
 from sglang_mm.serving.preflight import check_launch, environment
 from sglang_mm.serving.settings import refuse, server_settings
 
@@ -10,11 +14,13 @@ with environment(Config()):  # SGLang decides at import which platform it is on
     from sglang.srt.entrypoints import engine as stock
     from sglang.srt.server_args import ServerArgs
 
+    from sglang_mm.serving import requests
+
 
 class Engine(stock.Engine):
     """Offline engine. `Engine(model_path=M, tp=1, cp=2, ...)`: cp and the flags of sglang_mm.launch are ours, every
-    other keyword is SGLang's ServerArgs (tp_size is accepted for tp). Raises ConfigError or SelfCheckError before
-    any process starts.
+    other keyword is SGLang's ServerArgs (tp_size is accepted for tp). Its requests may name any file, unless
+    allow_local_media says otherwise. Raises ConfigError or SelfCheckError before any process starts.
     """
 
     init_tokenizer_manager_func = staticmethod(worker.init_tokenizer_manager)
@@ -29,17 +35,35 @@ class Engine(stock.Engine):
         cp_min_tokens: int = 512,
         vision: str = "frames",
         deadline_s: float = 600.0,
+        allow_local_media: Sequence[str] = (),
         **sglang_args,
     ):
         tp = sglang_args.pop("tp_size", 1) if tp is None else tp
-        self.mm_config = Config(tp, cp, schedule, cp_min_tokens, vision, deadline_s)
+        self.mm_config = Config(tp, cp, schedule, cp_min_tokens, vision, deadline_s, allow_local_media)
         if "server_args" in sglang_args:
             raise ConfigError("server_args=...", "ServerArgs' fields as keywords", "pass Engine(**fields)")
         with environment(self.mm_config) as on_cpu:
             asked = ServerArgs(**sglang_args)
             refuse(self.mm_config, asked)
-            check_launch(
-                self.mm_config, asked.model_path, trust_remote_code=asked.trust_remote_code, revision=asked.revision
-            )
+            check_launch(self.mm_config, asked, on_cpu=on_cpu)
+            media_access.allow(self.mm_config.allow_local_media or (media_access.ANYWHERE,))
             must, may = server_settings(self.mm_config, on_cpu=on_cpu)
-            super().__init__(**(may | sglang_args | must))
+            self.mm_hub = EventHub()
+            os.environ.update(self.mm_hub.environment)
+            requests.show(self.mm_hub)
+            try:
+                super().__init__(**(may | sglang_args | must))
+            except BaseException:
+                self.mm_hub.close()
+                raise
+
+    @property
+    def events(self) -> str:
+        """Where `python -m sglang_mm.launch.monitor --events` can listen."""
+        return self.mm_hub.address
+
+    def shutdown(self):
+        try:
+            super().shutdown()
+        finally:
+            self.mm_hub.close()

@@ -12,11 +12,15 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_mm.config import Config
 from sglang_mm.modality import frames_of, runs_of
+from sglang_mm.parallel.gather import GatherTables
 from sglang_mm.parallel.layout import make_layout
 from sglang_mm.parallel.transport import Transport
 from sglang_mm.parallel.vision import EmbeddingExchange, plan_exchange
+from sglang_mm.serving.kept_frames import KeptFrames
 from sglang_mm.serving.media import MediaSource, read_batch
-from sglang_mm.types import BatchLayout, digest64
+from sglang_mm.serving.schedule import ScheduleChoice
+from sglang_mm.serving.sight import Sight, progress_of, tokens_of_batch
+from sglang_mm.types import BatchLayout, Frame, digest64
 
 ATTRIBUTE = "sglang_mm_plan"  # on SGLang's ForwardBatch, read by the attention backend
 
@@ -25,19 +29,28 @@ ATTRIBUTE = "sglang_mm_plan"  # on SGLang's ForwardBatch, read by the attention 
 class PrefillPlan:
     """layout: which rank computes which row. exchange: which rank encodes which frame, and the way of its tokens.
 
-    sources[request][item]: where the pixels of a media item are.
+    sources[request][item]: where the pixels of a media item are. kept: per request, what its earlier chunks encoded.
+    tokens: per request, the new ones by modality. schedule: `ring` or `gather`. predicted: seconds by schedule, where
+    they decided. sight: what is shown of it. new_frames: per rank, how many frames meet the vision tower.
     """
 
     layout: BatchLayout
     exchange: EmbeddingExchange
     sources: list[list[MediaSource]]
+    kept: list[KeptFrames]
+    tokens: list[dict[str, int]]
+    schedule: str
+    predicted: dict[str, float]
+    sight: Sight
     transport: Transport
     device: torch.device
     flat_by_rank: list[torch.Tensor] = field(init=False)
+    new_frames: list[int] = field(init=False)
 
     def __post_init__(self):
         flat = [self.layout.flat(r).to(self.device) for r in range(self.transport.size)]
         object.__setattr__(self, "flat_by_rank", flat)
+        object.__setattr__(self, "new_frames", [sum(map(self._is_new, own)) for own in self.exchange.encode])
 
     @property
     def rank(self) -> int:
@@ -52,16 +65,42 @@ class PrefillPlan:
     def rows_per_rank(self) -> list[int]:
         return [self.layout.rows(r) for r in range(self.transport.size)]
 
+    @cached_property
+    def gather_tables(self) -> GatherTables:
+        return GatherTables(self.layout, self.device)
+
     def request_rows(self, request: int) -> list[int]:
         """Rows of one request on every rank."""
         return [len(rows) for rows in self.layout.requests[request].rows]
+
+    def at_hand(self, request: int, frame: Frame) -> torch.Tensor | None:
+        """Embeddings [frame.length, H] that an earlier chunk left on this rank, or that the client sent."""
+        source = self.sources[request][frame.item]
+        if source.embeddings is not None:
+            return source.rows(frame.index, frame.length)
+        return self.kept[request].embeddings.get(frame.key)
+
+    def keep_cut_frames(self, encoded: list[torch.Tensor]) -> None:
+        """encoded: embeddings of the frames in exchange.encode of this rank, in that order."""
+        for request, (kept, layout) in enumerate(zip(self.kept, self.layout.requests)):
+            frames = [[frame for r, frame in own if r == request] for own in self.exchange.encode]
+            own = zip(self.exchange.encode[self.rank], encoded, strict=True)
+            mine = {frame.key: rows for (r, frame), rows in own if r == request}
+            kept.renew(frames, mine, layout.start + layout.length)
+
+    def _is_new(self, pair: tuple[int, Frame]) -> bool:
+        request, frame = pair
+        return self.sources[request][frame.item].embeddings is None and frame.key not in self.kept[request].holder
 
 
 def reason_for_stock(forward_batch, config: Config) -> str | None:
     """Why this extend batch must take SGLang's own path on every rank, or None when it can be sharded."""
     if forward_batch.forward_mode != ForwardMode.EXTEND:
         return "batch mixes prefill with decode or speculation"
-    if max(forward_batch.extend_seq_lens_cpu) < max(config.cp_min_tokens, config.cp):  # every rank needs a row
+    longest = max(forward_batch.extend_seq_lens_cpu)
+    if longest < config.cp:
+        return "fewer new tokens than ranks"
+    if max(longest, _largest_medium(forward_batch)) < config.cp_min_tokens:
         return "below --cp-min-tokens"
     if forward_batch.capture_hidden_mode.need_capture():
         return "hidden states requested"
@@ -72,9 +111,29 @@ def reason_for_stock(forward_batch, config: Config) -> str | None:
     return None
 
 
-def plan_prefill(forward_batch, tower, transport: Transport) -> PrefillPlan:
-    """Lay out one extend batch. tower: SGLang's vision tower. Raises UnreadableMedia, on all ranks alike."""
-    media = read_batch(forward_batch, tower)
+def _largest_medium(forward_batch) -> int:
+    """Tokens of the largest image or video that the batch's new rows touch.
+
+    The stock path would encode all of it on every rank, be it for the last rows of a chunked or half cached prompt.
+    """
+    largest = 0
+    for mm_inputs, prefix, new in zip(
+        forward_batch.mm_inputs or [], forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu
+    ):
+        for item in mm_inputs.mm_items if mm_inputs is not None else ():
+            touched = [
+                last + 1 - first for first, last in item.offsets or () if first < prefix + new and last >= prefix
+            ]
+            largest = max(largest, *touched, 0)
+    return largest
+
+
+def plan_prefill(forward_batch, model, transport: Transport, schedules: ScheduleChoice, chunk: int) -> PrefillPlan:
+    """Lay out one extend batch. model: ours, with `visual`, SGLang's vision tower, and `model`, the decoder.
+
+    chunk: how many chunks of its requests went before. Raises UnreadableMedia, on all ranks alike.
+    """
+    media = read_batch(forward_batch, model.visual)
     layouts, frames = [], []
     for (spans, _), prefix, new in zip(
         media, forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu, strict=True
@@ -82,7 +141,22 @@ def plan_prefill(forward_batch, tower, transport: Transport) -> PrefillPlan:
         layouts.append(make_layout(runs_of(spans, prefix, prefix + new), transport.size))
         frames.append(frames_of(spans))
     layout = BatchLayout(tuple(layouts))
-    exchange = plan_exchange(frames, layout)
-    transport.check_equal(digest64([layout.digest(), exchange.digest()]), "prefill plan")
-    sources = [sources for _, sources in media]
-    return PrefillPlan(layout, exchange, sources, transport, forward_batch.input_ids.device)
+    kept = [KeptFrames.of(mm_inputs) for mm_inputs in forward_batch.mm_inputs or [None] * len(layouts)]
+    exchange = plan_exchange(frames, layout, [frames.holder for frames in kept])
+    schedule, predicted = schedules.choose(layout, model.model)
+    transport.meter.take()
+    digests = [layout.digest(), exchange.digest(), digest64(schedule.encode())]
+    transport.check_equal(digest64(digests), "prefill plan")
+    progress = progress_of(forward_batch, transport.rank, transport.size, len(model.model.layers), schedule, chunk)
+    return PrefillPlan(
+        layout=layout,
+        exchange=exchange,
+        sources=[sources for _, sources in media],
+        kept=kept,
+        tokens=tokens_of_batch(forward_batch),
+        schedule=schedule,
+        predicted=predicted,
+        sight=Sight(progress, transport),
+        transport=transport,
+        device=forward_batch.input_ids.device,
+    )

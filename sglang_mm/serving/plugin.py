@@ -13,6 +13,15 @@ HOOKS = {  # below sglang.srt: what runs after it, in every process
     "managers.scheduler.Scheduler.get_init_info": "selfcheck.describe_worker",
     "managers.tokenizer_manager.TokenizerManager.update_request_meta_info": "requests.remember",
 }
+AROUND_HOOKS = {  # below sglang.srt: what runs around it, in every process
+    "managers.tokenizer_manager.TokenizerManager._tokenize_one_request": "frontend.tokenize",
+    "utils.common.load_video": "frontend.load_video",
+    "multimodal.processors.qwen_vl.preprocess_video": "frontend.preprocess_video",
+    "utils.common.download_remote_media": "media_check.download",
+    "managers.io_struct.GenerateReqInput.normalize_batch_and_arguments": "intake.admit_fields",
+    "managers.tokenizer_manager.TokenizerManager._validate_mm_limits": "intake.admit_media",
+    "managers.tokenizer_manager.TokenizerManager._validate_one_request": "intake.admit_prompt",
+}
 CPU_HOOKS = {  # below sglang.srt: what runs around it, where there is no accelerator
     "model_executor.model_runner.adjust_config_with_unaligned_cpu_tp": "platform.align_to_model_replica",
     "layers.attention.vision.VisionSdpaAttention.forward": "platform.segmented_vision_attention",
@@ -38,6 +47,8 @@ def activate() -> None:
     add_attention_backend_choices([PREFILL_BACKEND])
     for target, hook in HOOKS.items():
         HookRegistry.register(f"sglang.srt.{target}", resolve_name(f"sglang_mm.serving.{hook}"), HookType.AFTER)
+    for target, hook in AROUND_HOOKS.items():
+        HookRegistry.register(f"sglang.srt.{target}", resolve_name(f"sglang_mm.serving.{hook}"), HookType.AROUND)
     if not platform.has_accelerator():
         platform.without_pinned_memory()
         for target, hook in CPU_HOOKS.items():

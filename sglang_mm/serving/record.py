@@ -1,39 +1,100 @@
-"""What ran for each request: attached to SGLang's output, so that meta info, logs and counters tell the same."""
+"""What ran for each request: attached to SGLang's output, so that meta info, logs and metrics tell the same.
+
+docs/observability.md explains each field. Seconds and bytes are those of the batch, `batch` says of how many requests.
+"""
 
 import logging
+from collections import OrderedDict
 
 from sglang_mm.serving.plan import PrefillPlan
+from sglang_mm.serving.sight import tokens_of_batch
 
-KEY = "sglang_mm"  # in a response's meta_info: a list with one record
+KEY = "sglang_mm"  # in a response's meta_info: a list with one record, two after SGLang had to prefill it again
+REMEMBERED = 256
 logger = logging.getLogger(__name__)
 
 
 def sharded_records(plan: PrefillPlan, forward_batch) -> list[dict]:
-    """One record per request of a sharded batch."""
+    """One record per request of a sharded batch, when it has run. Collective."""
+    seconds, sent = plan.sight.measured()
+    shared = {"frames_encoded": plan.new_frames, "bytes_sent": sent, "seconds": seconds}
+    shared["predicted_seconds"] = {name: round(value, 6) for name, value in plan.predicted.items()}
     return [
-        _record("ring", plan.transport.size, plan.request_rows(i), forward_batch, i, [])
+        _record(forward_batch, i, plan.schedule, plan.request_rows(i), plan.tokens[i], fallbacks=[], **shared)
         for i in range(forward_batch.batch_size)
     ]
 
 
 def stock_records(forward_batch, ranks: int, reason: str) -> list[dict]:
-    """One record per request of a batch on SGLang's own path: every rank computed every row."""
-    fallbacks = [reason] if reason else []
+    """One record per request of a batch that will take SGLang's own path: every rank computes every row."""
+    fallbacks, tokens = [reason] if reason else [], tokens_of_batch(forward_batch)
     return [
-        _record("stock", ranks, [forward_batch.extend_seq_lens_cpu[i]] * ranks, forward_batch, i, list(fallbacks))
+        _record(forward_batch, i, "stock", [forward_batch.extend_seq_lens_cpu[i]] * ranks, tokens[i], fallbacks)
         for i in range(forward_batch.batch_size)
     ]
 
 
-def _record(schedule, ranks, rows, forward_batch, request, fallbacks) -> dict:
+def _record(forward_batch, request: int, schedule: str, rows: list[int], tokens: dict, fallbacks: list, **measured):
     return {
         "schedule": schedule,
-        "ranks": ranks,
+        "ranks": len(rows),
         "rows_per_rank": rows,
         "new_tokens": forward_batch.extend_seq_lens_cpu[request],
         "cached_tokens": forward_batch.extend_prefix_lens_cpu[request],
+        "tokens": tokens,
+        "chunks": 1,
+        "batch": forward_batch.batch_size,
+        **measured,
         "fallbacks": fallbacks,
     }
+
+
+class ChunkLog:
+    """The records of prompts that come in chunks, joined: SGLang shows a response the last chunk's alone."""
+
+    def __init__(self):
+        self._last: OrderedDict[str, dict] = OrderedDict()
+
+    def chunks_before(self, forward_batch) -> int:
+        """Of the batch's request with most."""
+        found = [self._earlier(forward_batch, i) for i in range(forward_batch.batch_size)]
+        return max((record["chunks"] for record in found if record), default=0)
+
+    def join(self, forward_batch, records: list[dict]) -> list[dict]:
+        """The records of a batch, each with those of its request's earlier chunks added."""
+        joined = []
+        for i, record in enumerate(records):
+            earlier = self._earlier(forward_batch, i)
+            joined.append(_sum(earlier, record) if earlier else record)
+            if forward_batch.rids:
+                self._last[forward_batch.rids[i]] = joined[i]
+                self._last.move_to_end(forward_batch.rids[i])
+        while len(self._last) > REMEMBERED:
+            self._last.popitem(last=False)
+        return joined
+
+    def _earlier(self, forward_batch, i: int) -> dict | None:
+        """A record of the same request that ended where this chunk begins."""
+        record = self._last.get(forward_batch.rids[i]) if forward_batch.rids else None
+        prefix = forward_batch.extend_prefix_lens_cpu[i]
+        return record if record and record["cached_tokens"] + record["new_tokens"] == prefix else None
+
+
+def _sum(earlier, later):
+    """Numbers are added, lists of them place by place, names joined; what only one of them has is taken over."""
+    if isinstance(later, dict):
+        both = {key: _sum(earlier[key], later[key]) for key in earlier.keys() & later.keys()}
+        joined = {**earlier, **later, **both}
+        for key in ("cached_tokens", "ranks", "batch") if "schedule" in later else ():
+            joined[key] = earlier[key]
+        return joined
+    if isinstance(later, str):
+        return earlier if later in earlier.split("+") else f"{earlier}+{later}"
+    if isinstance(later, list):
+        if any(isinstance(value, str) for value in (*earlier, *later)):
+            return list(dict.fromkeys([*earlier, *later]))
+        return [_sum(a, b) for a, b in zip(earlier, later, strict=True)]
+    return round(earlier + later, 6)
 
 
 class FallbackLog:

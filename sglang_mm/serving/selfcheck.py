@@ -20,13 +20,26 @@ PARAMETERS = {  # below sglang.srt, functions we call or override: the parameter
     "managers.mm_utils:prepare_mm_inputs": "input_ids forward_batch language_model",
     "managers.scheduler:Scheduler.get_init_info": "self",
     "managers.scheduler:run_scheduler_process": "server_args port_args pipe_writer",
-    "managers.tokenizer_manager:TokenizerManager.update_request_meta_info": "meta_info state customized_info index",
+    "managers.tokenizer_manager:TokenizerManager.update_request_meta_info": (
+        "meta_info state customized_info index finish_reason"
+    ),
+    "managers.tokenizer_manager:TokenizerManager._tokenize_one_request": "self obj",
+    "managers.tokenizer_manager:TokenizerManager._validate_mm_limits": "self obj",
+    "managers.tokenizer_manager:TokenizerManager._validate_one_request": "self obj input_ids",
+    "managers.io_struct:GenerateReqInput.normalize_batch_and_arguments": "self",
+    "utils.common:download_remote_media": "url timeout",
+    "multimodal.processors.base_processor:BaseMultimodalProcessor._load_single_item": "data modality",
+    "multimodal.processors.qwen_vl:smart_nframes": "ele total_frames video_fps",
+    "multimodal.processors.qwen_vl:smart_resize": "height width min_pixels max_pixels",
+    "utils.common:load_video": "video_file",
+    "utils.common:load_image": "image_file gpu_image_decode",
     "models.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration.forward": "input_ids positions forward_batch",
     "multimodal.processors.qwen_vl:preprocess_video": "vr video_config",
     "multimodal.processors.qwen_vl:_get_processor_video_config": "video_config video_metadata",
     "layers.attention.vision:VisionSdpaAttention.forward": "q k v bsz cu_seqlens",
 }
 FIELDS = {  # below sglang.srt, data we read or write
+    "managers.io_struct:GenerateReqInput": "log_metrics",
     "managers.schedule_batch:MultimodalDataItem": "offsets feature precomputed_embeddings",
     "model_executor.forward_batch_info:ForwardBatch": (
         "extend_prefix_lens_cpu extend_seq_lens_cpu extend_logprob_start_lens_cpu mm_inputs mrope_positions "
@@ -77,7 +90,7 @@ def check_plugin() -> Config:
     from sglang_mm.serving import platform, plugin
 
     config = Config.from_env()
-    wanted = [*plugin.HOOKS, *(() if platform.has_accelerator() else plugin.CPU_HOOKS)]
+    wanted = [*plugin.HOOKS, *plugin.AROUND_HOOKS, *(() if platform.has_accelerator() else plugin.CPU_HOOKS)]
     missing = [f"hook on {target}" for target in wanted if f"sglang.srt.{target}" not in HookRegistry._patched]
     if PREFILL_BACKEND not in ATTENTION_BACKENDS:
         missing.append(f"attention backend {PREFILL_BACKEND}")

@@ -4,9 +4,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from sglang_mm.config import Config
-from sglang_mm.serving.preflight import check_launch, check_port, environment
+from sglang_mm.events import EventHub
+from sglang_mm.serving import media_access, port
+from sglang_mm.serving.exposure import Exposure
+from sglang_mm.serving.preflight import check_launch, environment
 from sglang_mm.serving.settings import refuse, set_by_user, to_argv
 
 
@@ -14,14 +18,15 @@ def serve(
     config: Config,
     sglang_flags: list[str],
     *,
-    on_start: Callable[[str, str], None],
+    on_start: Callable[[str, str, Exposure], None],
     on_ready: Callable[[dict, str], None],
 ) -> None:
     """Run until SIGINT or SIGTERM. Raises ConfigError or SelfCheckError before any process starts.
 
-    on_start(model, device) is called before start-up, on_ready(rank 0's scheduler info, url) when requests are served.
+    on_start(model, device, exposure) is called before start-up, on_ready(rank 0's scheduler info, url) when requests
+    are served.
     """
-    with environment(config) as on_cpu:
+    with environment(config) as on_cpu, EventHub() as hub, ExitStack() as until_the_end:
         from sglang.srt.entrypoints import http_server
         from sglang.srt.server_args import ServerArgs, prepare_server_args
         from sglang.srt.utils import kill_process_tree
@@ -32,9 +37,14 @@ def serve(
         refuse(config, asked)
         settled = set_by_user(asked, ServerArgs(model_path=asked.model_path))
         args = prepare_server_args(to_argv(config, sglang_flags, settled, on_cpu=on_cpu))
-        check_port(args.host, args.port)
-        check_launch(config, args.model_path, trust_remote_code=args.trust_remote_code, revision=args.revision)
-        on_start(args.model_path, "cpu (reference platform)" if on_cpu else "gpu")
+        check_launch(config, args, on_cpu=on_cpu)
+        server_class = None if args.enable_http2 else http_server.uvicorn.Server
+        until_the_end.enter_context(port.kept(args.host, args.port, server_class))
+        exposure = Exposure.of(config, args)
+        media_access.allow(exposure.directories)
+        on_start(args.model_path, "cpu (reference platform)" if on_cpu else "gpu", exposure)
+        os.environ.update(hub.environment)
+        requests.show(hub)
         requests.add_routes(http_server.app)
         url = f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{args.port}"
 

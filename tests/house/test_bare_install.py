@@ -22,7 +22,7 @@ for name in {ABSENT}:
 IMPORTS = """
 import importlib, pkgutil
 import sglang_mm, sglang_mm.types, sglang_mm.launch.__main__
-for room in ("kernels", "parallel", "modality"):
+for room in ("kernels", "parallel", "modality", "events"):
     package = importlib.import_module(f"sglang_mm.{room}")
     for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(found.name)

@@ -14,7 +14,7 @@ from sglang_mm.serving.settings import to_argv
 
 FLAGS = {
     "--help", "--tp", "--tp-size", "--tensor-parallel-size", "--cp", "--schedule", "--cp-min-tokens", "--vision",
-    "--deadline", "--help-all",
+    "--deadline", "--allow-local-media", "--help-all",
 }  # fmt: skip
 
 
@@ -45,7 +45,8 @@ def test_world_is_t_times_c():
 
 
 def test_one_replica_is_plain_sglang():
-    assert to_argv(Config(tp=2), ["--model-path", "M"], (), on_cpu=False) == ["--model-path", "M", "--tp-size", "2"]
+    argv = to_argv(Config(tp=2), ["--model-path", "M"], {"media_url_max_file_size_mb"}, on_cpu=False)
+    assert argv == ["--model-path", "M", "--tp-size", "2"]
 
 
 def test_the_users_choice_wins_over_our_defaults():
@@ -69,8 +70,17 @@ def test_config_reaches_workers_through_the_environment(monkeypatch):
     monkeypatch.delenv("SGLANG_MM_CONFIG", raising=False)
     assert Config.from_env() is None
     monkeypatch.setenv("SGLANG_MM_CONFIG", "")
-    Config(tp=2, cp=3, vision="stock").to_env()
-    assert Config.from_env() == Config(tp=2, cp=3, vision="stock")
+    chosen = Config(tp=2, cp=3, vision="stock", allow_local_media=("/tmp", "/"))
+    chosen.to_env()
+    assert Config.from_env() == chosen
+
+
+def test_directories_of_media_are_given_one_by_one(tmp_path):
+    words = ["--allow-local-media", str(tmp_path), "--allow-local-media=/"]
+    assert parse(words).config.allow_local_media == (str(tmp_path), "/")
+    with pytest.raises(ConfigError, match=r"--allow-local-media .*gone\. Allowed: a directory\. Remedy: "):
+        parse(["--allow-local-media", str(tmp_path / "gone")])
+    assert Config(allow_local_media=str(tmp_path)).allow_local_media == (str(tmp_path),)
 
 
 @pytest.mark.parametrize(

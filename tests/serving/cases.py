@@ -10,6 +10,7 @@ import numpy as np
 
 NEW_TOKENS = 16
 TOP = 20
+SCHEMA = '{"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}'
 SAMPLING = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
 
 
@@ -71,15 +72,35 @@ def _media_case(name: str, processor, question: str, images=(), videos=()) -> Ca
 
 
 def follow_ups(prompts: list[Case]) -> list[Case]:
-    """Asked after the prompts: a hit in the prefix cache, a batch, input log-probabilities, a short request."""
+    """Asked after the prompts: hits in the prefix cache, batches, scores, several answers, bounds on the answer."""
     by_name = {case.name: case for case in prompts}
     scored = {"sampling_params": SAMPLING, "return_logprob": True, "top_logprobs_num": TOP}
     video, text = by_name["one video"].request, by_name["text"].request
     longer = {**video, "input_ids": video["input_ids"] + list(range(40, 80)) * 20}
-    batch = {"input_ids": [text["input_ids"][3:], text["input_ids"][7:90]]}
+    other = {"input_ids": text["input_ids"][1:]}
+
+    def bounded(**bounds) -> dict:
+        return {**scored, "sampling_params": {"temperature": 0, "max_new_tokens": 24, **bounds}}
+
     return [
         Case("cached prefix", {**longer, **scored}),
-        Case("batch", {**batch, **scored}),
-        Case("input logprobs", {"input_ids": text["input_ids"][1:], **scored, "logprob_start_len": 100}),
-        Case("short", {"input_ids": text["input_ids"][:9], **scored}),
+        Case("second turn", {**longer, "input_ids": longer["input_ids"] + list(range(97, 120)) * 30, **scored}),
+        Case("batch", {"input_ids": [text["input_ids"][3:], text["input_ids"][7:90]], **scored}),
+        Case("input logprobs", {**other, **scored, "logprob_start_len": 100}),
+        Case("all input logprobs", {**video, "input_ids": [97, *video["input_ids"]], **scored, "logprob_start_len": 0}),
+        Case("asked tokens", {**other, **scored, "logprob_start_len": 7, "token_ids_logprob": [65, 66, 67]}),
+        Case("two answers", {**other, **bounded(n=2, ignore_eos=True)}),
+        Case("stop string", {**other, **bounded(stop=[chr(c) for c in range(97, 117)])}),
+        Case("stop token", {**other, **bounded(stop_token_ids=list(range(97, 117)))}),
+        Case("regex", {**other, **bounded(regex="[0-9]{3}-[a-f]{2}")}),
+        Case("json schema", {**other, **bounded(json_schema=SCHEMA)}),
+        Case("short", {"input_ids": text["input_ids"][300:340], **scored}),
     ]
+
+
+def interleaved(prompts: list[Case]) -> Case:
+    """Text, video, text, image, text, in one prompt."""
+    by_name = {case.name: case.request for case in prompts}
+    video, image = by_name["one video"], by_name["one image"]
+    ids = [*range(97, 110), *video["input_ids"], *range(100, 120), *image["input_ids"], *range(97, 107)]
+    return Case("interleaved", {"input_ids": ids, "video_data": video["video_data"], "image_data": image["image_data"]})

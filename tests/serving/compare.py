@@ -28,3 +28,30 @@ def difference_to_huggingface(mine: dict, tokens: list[int], logprobs) -> float:
 def record_of(output: dict) -> dict:
     (record,) = [found for found in output["meta_info"]["sglang_mm"] if found]
     return record
+
+
+def same_answer(mine: dict, single: dict) -> float:
+    """The largest difference up to the end, or to a token at which the two likeliest are tied; asserts the tokens.
+
+    For load tests: batches form as requests happen to arrive, and each adds up in its own order.
+    """
+    pairs = zip(rows_of(mine), rows_of(single))
+    largest = 0.0
+    for i, (a, b) in enumerate(pairs):
+        largest = max(largest, *(abs(a[token] - b[token]) for token in a.keys() & b.keys()))
+        if mine["output_ids"][i] != single["output_ids"][i]:
+            first, second = sorted(b.values(), reverse=True)[:2]
+            assert first - second <= TOLERANCE, f"token {i}: {mine['output_ids']}, single rank {single['output_ids']}"
+            return largest
+    assert mine["output_ids"] == single["output_ids"]
+    return largest
+
+
+def scores_of(output: dict) -> list[float]:
+    """Log-probabilities of the prompt that were asked for: of its tokens, of the likeliest, of given ones."""
+    meta, scores = output["meta_info"], []
+    for key in ("input_token_logprobs", "input_top_logprobs", "input_token_ids_logprobs"):
+        rows = meta.get(key) or []
+        flat = rows if key == "input_token_logprobs" else [entry for row in rows if row for entry in row]
+        scores += [value for value, *_ in flat if value is not None]
+    return scores

@@ -8,6 +8,10 @@ from sglang_mm.tiny import write_checkpoint, write_video
 from tests.serving import cases
 from tests.serving.engine_process import engine
 
+KV_TOKENS = 24_000  # a fraction of what the soak prefills, so that the cache has to evict
+SOAK_REQUESTS = 150
+SOAKED = {(1, 1), (1, 2)}  # wider ones are asked in test_soak.py
+
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> str:
@@ -23,33 +27,50 @@ def video(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def prompts(checkpoint, video) -> list[cases.Case]:
-    return cases.build(checkpoint, video)
+    shown = cases.build(checkpoint, video)
+    return [*shown, cases.interleaved(shown)]
 
 
 @pytest.fixture(scope="session")
 def answers(checkpoint, prompts):
-    """answers(tp, cp): everything asked of one engine of that topology, started when first wanted and then closed."""
+    """answers(tp, cp, schedule): everything asked of one engine, started when first wanted and then closed."""
 
     @cache
-    def ask_all(tp: int, cp: int) -> dict | Exception:
+    def ask_all(tp: int, cp: int, schedule: str) -> dict | Exception:
         try:
-            return ask_engine(tp, cp)
+            return ask_engine(tp, cp, schedule)
         except Exception as error:  # kept, so that an engine that does not start is not started for every test
             return error
 
-    def ask_engine(tp: int, cp: int) -> dict:
-        with engine(model_path=checkpoint, tp=tp, cp=cp) as ask:
+    def ask_engine(tp: int, cp: int, schedule: str) -> dict:
+        arguments = {"tp": tp, "cp": cp, "schedule": schedule, "max_total_tokens": KV_TOKENS}
+        with engine("tests.serving.observed:ObservedEngine", model_path=checkpoint, **arguments) as ask:
             ask("keep_prompts")
             told = {"infos": ask("rank_infos")}
             for case in prompts:
                 told[case.name] = ask("generate", **cases.generate_arguments(case))
-            told["prompts"] = ask("kept_prompts")
+            shown = [case.name for case in prompts if {"image_data", "video_data"} & case.request.keys()]
+            told["prompts"] = dict(zip(shown, ask("kept_prompts"), strict=True))
             for case in cases.follow_ups(prompts):
                 told[case.name] = ask("generate", **case.request)
+            told |= beyond_generate(ask)
+            if (tp, cp) in SOAKED:
+                told["soak"] = ask("tests.serving.soak:run", prompts, SOAK_REQUESTS)
         return told
 
-    def answers_of(tp: int, cp: int) -> dict:
-        told = ask_all(tp, cp)
+    def beyond_generate(ask) -> dict:
+        by_name = {case.name: case for case in prompts}
+        text, video = by_name["text"], by_name["one video"]
+        later = cases.Case("later", {**video.request, "input_ids": [98, 99, *video.request["input_ids"]]})
+        long = {"input_ids": text.request["input_ids"] * 16, "sampling_params": cases.SAMPLING}
+        return {
+            "streamed": ask("tests.serving.dialogue:streamed", cases.generate_arguments(later)),
+            "sampled": ask("tests.serving.dialogue:sampled_then_scored", text.request),
+            "aborted": ask("tests.serving.dialogue:aborted", long, 0.3),
+        }
+
+    def answers_of(tp: int, cp: int, schedule: str = "auto") -> dict:
+        told = ask_all(tp, cp, schedule)
         if isinstance(told, Exception):
             raise told
         return told

@@ -9,14 +9,18 @@ import os
 import signal
 import traceback
 from contextlib import contextmanager
+from pkgutil import resolve_name
 
 START_DEADLINE_S = 240
-ANSWER_DEADLINE_S = 180
+ANSWER_DEADLINE_S = 300
 
 
 @contextmanager
 def engine(engine_class: str = "sglang_mm:Engine", **arguments):
-    """Start an engine, yield ask(method, *args, **kwargs) -> its result, shut it down; every wait has a deadline."""
+    """Start an engine, yield ask(method, *args, **kwargs) -> its result, shut it down; every wait has a deadline.
+
+    method: a function of this module or `module:function`, called with the engine first, or a method of the engine.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, engine_class, arguments))
@@ -62,7 +66,7 @@ def _serve(pipe, engine_class: str, arguments: dict) -> None:
         while True:
             method, args, kwargs = pipe.recv()
             try:
-                helper = globals().get(method)
+                helper = resolve_name(method) if ":" in method else globals().get(method)
                 value = helper(running, *args) if helper else getattr(running, method)(*args, **kwargs)
                 pipe.send(("value", value))
             except Exception:

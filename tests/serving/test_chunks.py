@@ -1,23 +1,55 @@
-"""A prompt prefilled in chunks, each sharded, gives the values of one that was not cut."""
+"""A prompt prefilled in chunks, each sharded, gives the values of one that was not cut, and encodes a video once."""
 
 import pytest
 
 from tests.serving import compare
-from tests.serving.cases import generate_arguments
+from tests.serving.cases import SAMPLING, generate_arguments
 from tests.serving.engine_process import engine
 
 pytestmark = pytest.mark.slow
+CHUNK = 300
+NAMES = ["text", "one image", "three images", "one video", "video file", "interleaved"]
 
 
-@pytest.fixture(scope="module")
-def chunked(checkpoint, prompts) -> dict:
-    with engine(model_path=checkpoint, cp=2, chunked_prefill_size=300, cp_min_tokens=8) as ask:
-        return {case.name: ask("generate", **generate_arguments(case)) for case in prompts}
+@pytest.fixture(scope="module", params=["ring", "gather"])
+def chunked(request, checkpoint, prompts) -> dict:
+    arguments = {"cp": 2, "chunked_prefill_size": CHUNK, "cp_min_tokens": 8, "schedule": request.param}
+    with engine("tests.serving.observed:ObservedEngine", model_path=checkpoint, **arguments) as ask:
+        told = {case.name: ask("generate", **generate_arguments(case)) for case in prompts}
+        text = prompts[0].request["input_ids"]
+        long = {"input_ids": [98, *text * 12], "sampling_params": SAMPLING}
+        told["aborted"] = ask("tests.serving.dialogue:aborted", long, 0.5)
+        told["scored"] = ask("generate", input_ids=[99, *text], **scored(), logprob_start_len=0)
+    return {**told, "schedule": request.param}
 
 
-@pytest.mark.parametrize("name", ["text", "one image", "three images", "one video", "video file"])
+def scored() -> dict:
+    return {"sampling_params": SAMPLING, "return_logprob": True, "top_logprobs_num": 20}
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_equals_one_chunk(answers, chunked, name):
-    record = compare.record_of(chunked[name])
-    assert record["schedule"] == "ring" and record["cached_tokens"] > 0
-    assert chunked[name]["output_ids"] == answers(1, 1)[name]["output_ids"]
-    assert compare.largest_difference(chunked[name], answers(1, 1)[name]) <= compare.TOLERANCE
+    record, single = compare.record_of(chunked[name]), answers(1, 1)[name]
+    assert record["schedule"] == chunked["schedule"] and record["chunks"] >= record["new_tokens"] // CHUNK > 1
+    assert record["new_tokens"] + record["cached_tokens"] == single["meta_info"]["prompt_tokens"]
+    assert chunked[name]["output_ids"] == single["output_ids"]
+    assert compare.largest_difference(chunked[name], single) <= compare.TOLERANCE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frames_are_encoded_once_per_request(answers, chunked, name):
+    whole = compare.record_of(answers(1, 2, "ring")[name])["frames_encoded"]
+    assert sum(compare.record_of(chunked[name])["frames_encoded"]) == sum(whole)
+
+
+def test_abort_between_chunks_gives_everything_back(chunked):
+    assert chunked["aborted"]["finish_reason"]["type"] == "abort"
+    for state in chunked["aborted"]["states"]:
+        assert state["free"] + state["cached"] == state["slots"] and state["locked"] == 0
+        assert state["free_requests"] == state["requests"]
+        assert state["cached"] < 8400, "it was aborted before its prefill ended"
+
+
+def test_input_logprobs_over_chunks(chunked):
+    assert compare.record_of(chunked["scored"])["chunks"] >= 3
+    assert len(compare.scores_of(chunked["scored"])) >= 700

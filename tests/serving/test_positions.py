@@ -31,7 +31,7 @@ def test_video_file_keeps_its_timing(answers, checkpoint):
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(checkpoint)
-    prompt = answers(1, 1)["prompts"][-1]
+    prompt = answers(1, 1)["prompts"]["video file"]
     ids = torch.tensor(prompt.input_ids)
     video = (ids == config.video_token_id).nonzero().flatten()
     t, h, w = prompt.media["video_grid_thw"][0].tolist()

@@ -1,0 +1,54 @@
+"""An engine whose ranks tell what they hold: free and cached K/V slots, request slots, resident memory."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import psutil
+
+import sglang_mm
+from sglang_mm.serving import worker
+
+STATES = "SGLANG_MM_TEST_STATES"  # a directory with one file per rank
+
+
+def run_observed_scheduler(*args, **kwargs) -> None:
+    from sglang.srt.managers.scheduler import Scheduler
+
+    Scheduler.get_internal_state = _telling(Scheduler.get_internal_state)
+    worker.run_scheduler_process(*args, **kwargs)
+
+
+class ObservedEngine(sglang_mm.Engine):
+    run_scheduler_process_func = staticmethod(run_observed_scheduler)
+
+    def __init__(self, **arguments):
+        self.states = Path(tempfile.mkdtemp(prefix="states-"))
+        os.environ[STATES] = str(self.states)
+        super().__init__(**arguments)
+
+    def rank_states(self) -> list[dict]:
+        """Of every rank, as of the last get_server_info."""
+        return [json.loads(path.read_text()) for path in sorted(self.states.iterdir())]
+
+
+def _telling(original):
+    from sglang.srt.runtime_context import get_parallel
+
+    def get_internal_state(self, request):
+        allocator, cache = self.token_to_kv_pool_allocator, self.tree_cache
+        state = {
+            "slots": self.max_total_num_tokens,
+            "free": allocator.available_size(),
+            "cached": cache.evictable_size(),
+            "locked": cache.protected_size(),
+            "free_requests": self.req_to_token_pool.available_size(),
+            "requests": self.req_to_token_pool.size,
+            "resident_bytes": psutil.Process().memory_info().rss,
+        }
+        path = Path(os.environ[STATES], f"rank {get_parallel().tp_rank}")
+        path.write_text(json.dumps(state))
+        return original(self, request)
+
+    return get_internal_state
