@@ -15,9 +15,10 @@ VISIONS = ("frames", "stock")
 class Config:
     """tp: tensor-parallel width T. cp: context-parallel width C; the world has T * C ranks.
 
-    schedule: how K/V travel during prefill. cp_min_tokens: new tokens of a batch's longest request from which its
-    prefill is sharded. vision: `frames` attends inside each frame and keeps the video's timing (as Qwen2.5-VL was
-    trained), `stock` keeps SGLang 0.5.23's values. deadline_s: seconds any rank waits for another before it raises.
+    schedule: how K/V travel during prefill. cp_min_tokens: new tokens of a batch's longest request, or tokens of the
+    largest medium they touch, from which its prefill is sharded. vision: `frames` attends inside each frame and keeps
+    the video's timing (as Qwen2.5-VL was trained), `stock` keeps SGLang 0.5.23's values.
+    deadline_s: seconds any rank waits for another before it raises.
     allow_local_media: directories below which requests may name local files; empty leaves the default, which is
     any file for an Engine and for a server on loopback, and none for a server that others can reach.
     """

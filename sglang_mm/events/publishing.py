@@ -49,11 +49,13 @@ class Publisher:
         if not self.on:
             return False
         with self._lock:
+            if not self.on:  # closed meanwhile
+                return False
             if isinstance(message, LayerDone) and not self._is_due(message):
                 return False
             try:
                 self._socket.send(encode(message), zmq.NOBLOCK)
-            except (zmq.Again, TypeError, ValueError):  # full; or what msgpack cannot hold, as half a surrogate pair
+            except (zmq.ZMQError, TypeError, ValueError, OverflowError):  # full; or what msgpack cannot hold
                 self.dropped += 1
                 return False
         return True

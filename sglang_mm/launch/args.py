@@ -60,7 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=default.cp_min_tokens,
         metavar="N",
-        help="batches whose longest request has fewer new tokens are not sharded (default %(default)s)",
+        help="batches whose longest request has fewer new tokens, and touches no larger image or video, are not "
+        "sharded (default %(default)s)",
     )
     add(
         "--vision",

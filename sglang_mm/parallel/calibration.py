@@ -1,4 +1,4 @@
-"""The cost model's constants, measured once at start: a little attention, some copies, some messages.
+"""The cost model's constants, measured once: a little attention, some copies, some messages.
 
 Every rank measures while the others do, since that is how they work. T rows, H heads, D head dim.
 """

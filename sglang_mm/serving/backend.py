@@ -72,7 +72,8 @@ class RingAttentionBackend(AttentionBackend):
         length = forward_batch.extend_prefix_lens_cpu[request]
         if not length:
             return None
-        slots = self.req_to_token_pool.req_to_token[forward_batch.req_pool_indices[request], :length]
+        row = forward_batch.req_pool_indices[request : request + 1]  # a number would make the host wait
+        slots = self.req_to_token_pool.req_to_token[row, :length][0]
         pool = self.token_to_kv_pool
         return pool.get_key_buffer(layer.layer_id)[slots], pool.get_value_buffer(layer.layer_id)[slots]
 

@@ -55,7 +55,9 @@ class ContextParallelMixin:
 
     def load_weights(self, weights):
         with self.narrowed():
-            return super().load_weights(weights)
+            loaded = super().load_weights(weights)
+            self.mm_schedules.prepare(self.model)
+            return loaded
 
     @torch.no_grad()
     def forward(self, input_ids, positions, forward_batch, *args, **kwargs):
@@ -66,9 +68,11 @@ class ContextParallelMixin:
             if plan:
                 output, records = self._forward_sharded(input_ids, forward_batch, plan)
             else:
-                records = self.mm_chunks.join(forward_batch, stock_records(forward_batch, self.mm_config.cp, reason))
-                with self._stock_progress(forward_batch):
+                records = stock_records(forward_batch, self.mm_config.cp, reason)
+                with self._stock_progress(forward_batch) as progress:
                     output = super().forward(input_ids, positions, forward_batch, *args, **kwargs)
+                    records = self.mm_chunks.join(forward_batch, records)
+                    progress.records = dict(zip(forward_batch.rids or [], records))
         if hasattr(output, "customized_info"):
             output.customized_info = {**(output.customized_info or {}), KEY: records}
         return output
@@ -102,7 +106,8 @@ class ContextParallelMixin:
                 wanted, scored = wanted_rows(forward_batch)
                 rows = gather_rows(hidden, plan, wanted)
                 output = self.logits_processor(input_ids, rows, self.lm_head, scored)
-            records = self.mm_chunks.join(forward_batch, sharded_records(plan, forward_batch))
+            records = sharded_records(plan, forward_batch, vision=self.mm_config.vision)
+            records = self.mm_chunks.join(forward_batch, records)
             plan.sight.progress.records = dict(zip(forward_batch.rids or [], records))
         return output, records
 
@@ -143,13 +148,14 @@ def wanted_rows(forward_batch) -> tuple[torch.Tensor, object]:
 def gather_rows(hidden: torch.Tensor, plan: PrefillPlan, wanted: torch.Tensor) -> torch.Tensor:
     """Flat-batch rows `wanted` [n] of the sharded hidden state [t, H], equal bit for bit on every rank: [n, H].
 
-    Each rank sends the rows it owns. The host waits for them: here, within the deadline, a prefill ends or breaks.
+    Each rank sends the rows it owns. The host waits for them: here a prefill ends, or breaks past the deadline.
     """
     place_of = torch.full((sum(plan.rows_per_rank),), -1)
     place_of[wanted] = torch.arange(len(wanted))
     places, mine = [], None
-    for rank, flat in enumerate(plan.flat_by_rank):
-        found = place_of[flat.cpu()]
+    for rank in range(plan.transport.size):
+        flat = plan.layout.flat(rank)
+        found = place_of[flat]
         places.append(found[found >= 0])
         if rank == plan.rank:
             mine = hidden[(found >= 0).to(hidden.device)]

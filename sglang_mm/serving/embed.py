@@ -13,7 +13,8 @@ PATCHES_PER_CALL = 65536  # bounds the vision tower's activations; a frame is ne
 def embed_rows(model, plan: PrefillPlan, input_ids: torch.Tensor, forward_batch) -> torch.Tensor:
     """[t, H] for the t rows of this rank. input_ids: flat batch, with SGLang's hashes at media positions."""
     if model.mm_config.vision == "stock":
-        return embed_whole(model, input_ids, forward_batch)[plan.rows]
+        with plan.sight.stage("vision"):
+            return embed_whole(model, input_ids, forward_batch)[plan.rows]
     embed_tokens = model.model.get_input_embeddings()
     ids = input_ids[plan.rows]
     # hashes lie beyond the vocabulary; those rows are overwritten below

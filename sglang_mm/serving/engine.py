@@ -66,4 +66,5 @@ class Engine(stock.Engine):
         try:
             super().shutdown()
         finally:
+            requests.hide(self.mm_hub)
             self.mm_hub.close()

@@ -23,7 +23,7 @@ PREFIX = "video:"
 SPAN = re.compile(r"video:span=(\d{1,9}(?:\.\d{1,9})?);")
 FRAMES_PER_SECOND = 2.0
 MAX_SPAN_S = 43200  # rotary positions follow time, two a second, and must stay below those of the model
-MAX_FRAMES = 768  # what SGLang samples from a file at most
+MAX_FRAMES = 768  # as many as SGLang itself takes from a file
 MAX_PIXELS = 2**30  # of all frames together: 3 GiB decoded, or 768 frames of 1280 x 1024
 SENTINEL = "<image>"  # the marker of frontend templates that know no better one
 IMAGE_PAD = "<|image_pad|>"

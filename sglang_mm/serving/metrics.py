@@ -25,7 +25,9 @@ class Metrics:
             "Tokens of prompts, computed (new, by modality) or found in the prefix cache (cached, of any modality).",
             ["modality", "kind"],
         )
-        self.sent = Counter("sglang_mm_bytes_sent", "Bytes that ranks sent to each other, over all ranks.", ["kind"])
+        self.sent = Counter(
+            "sglang_mm_bytes_sent", "Bytes that the ranks of the first ring sent to each other.", ["kind"]
+        )
         self.prefill = Histogram(
             "sglang_mm_prefill_seconds", "Seconds of a prefill on its slowest rank.", ["schedule"], buckets=BUCKETS
         )

@@ -12,6 +12,7 @@ MODELS = "sglang_mm.serving.models"
 HOOKS = {  # below sglang.srt: what runs after it, in every process
     "managers.scheduler.Scheduler.get_init_info": "selfcheck.describe_worker",
     "managers.tokenizer_manager.TokenizerManager.update_request_meta_info": "requests.remember",
+    "model_executor.forward_batch_info.ForwardBatch.init_new": "record.note_chunks",
 }
 AROUND_HOOKS = {  # below sglang.srt: what runs around it, in every process
     "managers.tokenizer_manager.TokenizerManager._tokenize_one_request": "frontend.tokenize",

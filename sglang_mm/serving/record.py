@@ -9,15 +9,26 @@ from collections import OrderedDict
 from sglang_mm.serving.plan import PrefillPlan
 from sglang_mm.serving.sight import tokens_of_batch
 
-KEY = "sglang_mm"  # in a response's meta_info: a list with one record, two after SGLang had to prefill it again
+KEY = "sglang_mm"  # in a response's meta_info: a list with one record
 REMEMBERED = 256
 logger = logging.getLogger(__name__)
+_unfinished: set[str] = set()  # requests whose prompt goes on after the batch that was made last
 
 
-def sharded_records(plan: PrefillPlan, forward_batch) -> list[dict]:
-    """One record per request of a sharded batch, when it has run. Collective."""
+def note_chunks(forward_batch, _class, batch, *_args, **_kwargs):
+    """After-hook on SGLang's ForwardBatch.init_new: only SGLang's own batch knows which prompts go on after it."""
+    if forward_batch.forward_mode.is_extend_without_speculative():
+        _unfinished.clear()
+        _unfinished.update(req.rid for req in batch.reqs if req.extend_end != len(req.full_untruncated_fill_ids))
+    return forward_batch
+
+
+def sharded_records(plan: PrefillPlan, forward_batch, *, vision: str) -> list[dict]:
+    """One record per request of a sharded batch, when it has run. Collective. vision: as in Config."""
     seconds, sent = plan.sight.measured()
-    shared = {"frames_encoded": plan.new_frames, "bytes_sent": sent, "seconds": seconds}
+    shared = {"bytes_sent": sent, "seconds": seconds}
+    if vision == "frames":  # else SGLang encodes on every rank, or finds what it has encoded
+        shared["frames_encoded"] = plan.new_frames
     shared["predicted_seconds"] = {name: round(value, 6) for name, value in plan.predicted.items()}
     return [
         _record(forward_batch, i, plan.schedule, plan.request_rows(i), plan.tokens[i], fallbacks=[], **shared)
@@ -66,9 +77,12 @@ class ChunkLog:
         for i, record in enumerate(records):
             earlier = self._earlier(forward_batch, i)
             joined.append(_sum(earlier, record) if earlier else record)
-            if forward_batch.rids:
-                self._last[forward_batch.rids[i]] = joined[i]
-                self._last.move_to_end(forward_batch.rids[i])
+            rid = forward_batch.rids[i] if forward_batch.rids else None
+            if rid in _unfinished:
+                self._last[rid] = joined[i]
+                self._last.move_to_end(rid)
+            else:  # a request that was retracted, or another of that name, begins anew
+                self._last.pop(rid, None)
         while len(self._last) > REMEMBERED:
             self._last.popitem(last=False)
         return joined

@@ -119,6 +119,13 @@ def show(hub: EventHub) -> None:
     _hub, _publisher = hub, Publisher(hub.ranks_address)
 
 
+def hide(hub: EventHub) -> None:
+    """Undo `show`, unless another hub has taken its place."""
+    global _hub, _publisher
+    if _hub is hub:
+        _hub, _publisher = None, Publisher(None)
+
+
 def status() -> dict:
     """Totals since the start of this process; `events`: a subscriber's address, or None without a hub."""
     told = {name: dict(counts) for name, counts in _totals.items()}

@@ -15,26 +15,31 @@ logger = logging.getLogger(__name__)
 
 
 class ScheduleChoice:
-    """Of one rank. All ranks agree: they know the same layout, and constants that were measured together."""
+    """Of one rank. All ranks of a ring agree: they know the same layout, and constants that were measured together.
 
-    def __init__(self, config: Config, transport: Transport):
+    Each of the T rings measures for itself.
+    """
+
+    def __init__(self, config: Config, transport: Transport | None):
         self.asked, self.transport = config.schedule, transport
         self.constants = None
 
     def choose(self, layout: BatchLayout, model: torch.nn.Module) -> tuple[str, dict[str, float]]:
-        """(schedule, predicted seconds of attention and its transport by schedule, empty unless `auto`).
-
-        Collective when `auto` is asked for the first time: it measures what the prediction needs, below a second.
-        """
+        """(schedule, predicted seconds of attention and its transport by schedule, empty unless `auto`)"""
         if self.asked != "auto":
             return self.asked, {}
-        shape = shape_of(model)
-        if self.constants is None:
-            self.constants = calibrate(self.transport, shape)
+        self.prepare(model)
+        predicted = predict(layout, shape_of(model), self.constants)
+        return choose(predicted), predicted
+
+    def prepare(self, model: torch.nn.Module) -> None:
+        """Measure what predictions need, once and below a second; collective. Done when the weights are loaded, or at
+        the first prefill of a model that loads none.
+        """
+        if self.asked == "auto" and self.transport is not None and self.constants is None:
+            self.constants = calibrate(self.transport, shape_of(model))
             if self.transport.rank == 0:
                 logger.info("schedule auto: %s", self.constants)
-        predicted = predict(layout, shape, self.constants)
-        return choose(predicted), predicted
 
 
 def shape_of(model: torch.nn.Module) -> ModelShape:

@@ -19,6 +19,7 @@ PARAMETERS = {  # below sglang.srt, functions we call or override: the parameter
     "mem_cache.memory_pool:KVWriteLoc": "loc physical",
     "managers.mm_utils:prepare_mm_inputs": "input_ids forward_batch language_model",
     "managers.scheduler:Scheduler.get_init_info": "self",
+    "model_executor.forward_batch_info:ForwardBatch.init_new": "batch model_runner",
     "managers.scheduler:run_scheduler_process": "server_args port_args pipe_writer",
     "managers.tokenizer_manager:TokenizerManager.update_request_meta_info": (
         "meta_info state customized_info index finish_reason"
@@ -46,6 +47,7 @@ FIELDS = {  # below sglang.srt, data we read or write
         "out_cache_loc out_cache_loc_is_physical capture_hidden_mode"
     ),
     "layers.logits_processor:LogitsProcessorOutput": "customized_info",
+    "managers.schedule_batch:ScheduleBatch": "reqs",
 }
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from sglang.srt.runtime_context import get_parallel
 
-from sglang_mm.events import Progress, Publisher
+from sglang_mm.events import Progress, Publisher, publisher
 from sglang_mm.parallel.stopwatch import Stopwatch
 from sglang_mm.parallel.transport import Transport
 
@@ -47,7 +47,9 @@ def progress_of(forward_batch, rank: int, ranks: int, layers: int, schedule: str
         tokens=dict(tokens),
         schedule=schedule,
         chunk=chunk,
-        to=None if get_parallel().attn_tp_rank == 0 else Publisher(None),  # T ranks share their rows: one tells
+        to=publisher()
+        if get_parallel().attn_tp_rank == 0
+        else Publisher(None),  # of T ranks with the same rows one tells
     )
 
 

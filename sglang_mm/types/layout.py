@@ -142,8 +142,8 @@ class BatchLayout:
         return digest64([layout.digest() for layout in self.requests])
 
 
-def digest64(numbers: Iterable[int], *tables: Tensor) -> int:
-    """A 64-bit fingerprint of numbers and int64 CPU tables, the same on every machine of one byte order."""
+def digest64(numbers: Iterable[object], *tables: Tensor) -> int:
+    """A 64-bit fingerprint of numbers or lists, and int64 CPU tables; the same on every machine of one byte order."""
     hashed = hashlib.blake2b(repr(list(numbers)).encode(), digest_size=8)
     for table in tables:
         hashed.update(table.contiguous().numpy())

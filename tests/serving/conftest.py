@@ -62,7 +62,8 @@ def answers(checkpoint, prompts):
         by_name = {case.name: case for case in prompts}
         text, video = by_name["text"], by_name["one video"]
         later = cases.Case("later", {**video.request, "input_ids": [98, 99, *video.request["input_ids"]]})
-        long = {"input_ids": text.request["input_ids"] * 16, "sampling_params": cases.SAMPLING}
+        never_ending = {**cases.SAMPLING, "max_new_tokens": 4000}
+        long = {"input_ids": text.request["input_ids"] * 16, "sampling_params": never_ending}
         return {
             "streamed": ask("tests.serving.dialogue:streamed", cases.generate_arguments(later)),
             "sampled": ask("tests.serving.dialogue:sampled_then_scored", text.request),

@@ -48,6 +48,24 @@ def test_embeddings_made_by_the_client():
     assert torch.equal(source.rows(1, span.frame_length), embeddings[4:8])
 
 
+def test_equal_pixels_in_another_grid_or_at_other_times_are_another_medium():
+    from sglang_mm.serving.processors.qwen2_5_vl import tell_apart
+
+    def key(**data):
+        made = item(feature=torch.ones(48, PATCH))
+        made.model_specific_data |= data
+        made.set_pad_value()
+        before = made.pad_value
+        tell_apart(made)
+        assert made.pad_value != before
+        return made.pad_values
+
+    as_it_is = key(second_per_grid_ts=[1.0])
+    assert key(second_per_grid_ts=torch.tensor([1.0])) == as_it_is
+    others = [key(second_per_grid_ts=[2.0]), key(video_grid_thw=torch.tensor([[3, 2, 8]])), key()]
+    assert len({as_it_is, *others}) == 4
+
+
 @pytest.mark.parametrize(
     "broken",
     [

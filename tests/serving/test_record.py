@@ -2,7 +2,9 @@
 
 from types import SimpleNamespace
 
-from sglang_mm.serving.record import REMEMBERED, ChunkLog, stock_records
+import pytest
+
+from sglang_mm.serving.record import REMEMBERED, ChunkLog, note_chunks, stock_records
 from sglang_mm.serving.sight import tokens_by_modality
 
 
@@ -16,6 +18,20 @@ def batch(*requests: tuple[str, int, int]):
         mm_inputs=None,
         batch_size=len(requests),
     )
+
+
+@pytest.fixture(autouse=True)
+def unfinished():
+    """Every prompt goes on, until a test says otherwise."""
+    going_on(*map(str, range(2 * REMEMBERED)), "a", "b")
+    yield
+    going_on()
+
+
+def going_on(*rids: str) -> None:
+    mode = SimpleNamespace(is_extend_without_speculative=lambda: True)
+    reqs = [SimpleNamespace(rid=rid, extend_end=5, full_untruncated_fill_ids=range(9)) for rid in rids]
+    note_chunks(SimpleNamespace(forward_mode=mode), None, SimpleNamespace(reqs=reqs), None)
 
 
 def sharded(new: int, cached: int, seconds: float) -> dict:
@@ -57,6 +73,16 @@ def test_another_request_or_another_turn_is_not_joined():
     for following in (batch(("b", 100, 50)), batch(("a", 107, 50)), batch(("a", 0, 50))):
         record = sharded(50, following.extend_prefix_lens_cpu[0], 0.5)
         assert log.join(following, [record]) == [record]
+
+
+def test_a_request_that_is_prefilled_again_begins_anew():
+    """After a retraction SGLang finds the prompt in the cache, to its very end."""
+    log = ChunkLog()
+    going_on()
+    log.join(batch(("a", 0, 100)), [sharded(100, 0, 0.25)])
+    record = sharded(6, 100, 0.5)
+    assert log.chunks_before(batch(("a", 100, 6))) == 0
+    assert log.join(batch(("a", 100, 6)), [record]) == [record]
 
 
 def test_what_is_remembered_is_bounded():

@@ -41,7 +41,7 @@ def test_mixed_load(soaked, cp):
         seen["in a batch"] += record["batch"] > 1
         seen["cache hits"] += record["cached_tokens"] > 100
         seen["scored"] += bool(compare.scores_of(answer))
-    assert seen["aborted"] >= 3 and seen["sharded"] >= 60 and seen["in a batch"] >= 20, seen
+    assert seen["aborted"] >= 1 and seen["sharded"] >= 60 and seen["in a batch"] >= 10, seen
     assert seen["cache hits"] >= 20 and seen["scored"] >= 10, seen
 
 

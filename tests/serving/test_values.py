@@ -63,7 +63,7 @@ class TestSharded:
         record = compare.record_of(told[name])
         assert sum(record["tokens"].values()) == record["new_tokens"]
         frames = _frames(told["prompts"].get(name))
-        assert sum(record["frames_encoded"]) == frames and (frames > 0) == (record["seconds"]["vision"] > [0.0] * cp)
+        assert sum(record["frames_encoded"]) == frames and (frames > 0) == any(record["seconds"]["vision"])
         per_row = told["infos"][0]["sglang_mm"]["kv_bytes_per_token"]
         # every rank's rows travel to all others, in every layer
         assert sum(record["bytes_sent"]["kv"]) == record["new_tokens"] * per_row * (cp - 1)
@@ -71,6 +71,7 @@ class TestSharded:
         for rank in range(cp):
             stages = [seconds[stage][rank] for stage in ("vision", "exchange", "attention", "transport", "rest")]
             assert seconds["attention"][rank] > 0 and abs(sum(stages) - seconds["total"][rank]) < 1e-4
+            assert seconds["total"][rank] < told[name]["meta_info"]["e2e_latency"]
         assert set(record["predicted_seconds"]) == ({"ring", "gather"} if schedule == "auto" else set())
 
     @pytest.mark.parametrize("name", FURTHER)
@@ -122,7 +123,7 @@ class TestSharded:
         assert len(told["drawn"]) == NEW_TOKENS and max(abs(a - b) for a, b in pairs) <= compare.TOLERANCE
         assert compare.record_of(told["asked"])["cached_tokens"] >= 700 + NEW_TOKENS - 1
 
-    def test_abort_in_mid_prefill_gives_everything_back(self, answers, topology):
+    def test_abort_gives_everything_back(self, answers, topology):
         told = answers(*topology)["aborted"]
         assert told["finish_reason"]["type"] == "abort"
         assert len(told["states"]) == topology[0] * topology[1]

@@ -11,7 +11,8 @@ With --vision stock timing, frames and sizes are SGLang's; the checks stay.
 import asyncio
 from typing import ClassVar
 
-from sglang.srt.managers.schedule_batch import Modality
+import torch
+from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 from sglang.srt.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from sglang.srt.multimodal.processors import qwen_vl
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
@@ -20,6 +21,21 @@ from sglang_mm.config import Config
 from sglang_mm.serving import sampling
 from sglang_mm.serving.media_access import RequestError
 from sglang_mm.serving.media_check import ASPECT, PREPARE, PREPARED, check_markers, check_prepared, unreadable
+from sglang_mm.types import digest64
+
+POSITIONS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")  # what M-RoPE depends on besides the ids
+
+
+def tell_apart(item: MultimodalDataItem) -> None:
+    """Mix an item's grids and times into its hash.
+
+    SGLang's prefix cache knows media by their pixels. The same pixels in another grid (a blank picture, turned) or at
+    other times have other positions, and would be answered from wrong keys and values.
+    """
+    if item.hash is not None:
+        places = [item.model_specific_data.get(name) for name in POSITIONS]
+        numbers = [torch.as_tensor(found).tolist() for found in places if found is not None]
+        item.set_hash(digest64([item.hash, numbers]))
 
 
 class TimedQwenVLProcessor(qwen_vl.QwenVLImageProcessor):
@@ -54,6 +70,8 @@ class TimedQwenVLProcessor(qwen_vl.QwenVLImageProcessor):
         vision = self.hf_config.vision_config
         patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         check_prepared(output, self.spatial_merge_size, patch, vision.out_hidden_size, sent=prepared)
+        for item in output.mm_items:
+            tell_apart(item)
         return output
 
     @staticmethod
