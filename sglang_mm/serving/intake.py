@@ -13,7 +13,7 @@ from sglang_mm.serving.media_access import RequestError, resolve
 from sglang_mm.serving.prompt_limit import PromptLimit
 
 MAX_SAMPLES = 1024  # `n`: SGLang copies the whole request so often before it looks at it
-LARGEST_BIAS = 1e4  # a bias of every token by -1e38 leaves no token to sample
+LARGEST_BIAS = 1e30  # a bias of every token by -1e38 leaves no token to sample
 KINDS = ("image", "video", "audio")
 
 
@@ -53,6 +53,8 @@ def admit_prompt(validate, manager, obj, input_ids):
     if limit and not (manager.allow_auto_truncate and not with_media):  # cutting media off would leave none whole
         limit.check(len(ids), f"a prompt of {len(ids):,} tokens" + (", media included" if with_media else ""))
     vocabulary = manager.model_config.vocab_size
+    if with_media and not hasattr(manager.mm_processor, "marker_ids"):  # some models have markers beyond it
+        vocabulary = max(vocabulary, *ids, 0) + 1
     if len(ids) and not (min(ids) >= 0 and max(ids) < vocabulary):
         wrong = next(token for token in ids if not 0 <= token < vocabulary)
         raise RequestError(f"input_ids with {wrong}", f"0 to {vocabulary - 1}", "tokenize with the model's tokenizer")
@@ -60,7 +62,9 @@ def admit_prompt(validate, manager, obj, input_ids):
         _check_no_markers(manager, ids)
     elif manager.mm_processor is None:
         raise RequestError("media for a model that takes text", "text", "serve a model that reads them")
-    _within("top_logprobs_num", getattr(obj, "top_logprobs_num", None), 0, vocabulary, "ask for fewer")
+    _within(
+        "top_logprobs_num", getattr(obj, "top_logprobs_num", None), 0, manager.model_config.vocab_size, "ask for fewer"
+    )
     for name in ("multi_item_delimiter_indices", "token_indices_to_pool"):
         _within(name, getattr(obj, name, None), 0, len(ids) - 1, "name places of the prompt")
     return validate(manager, obj, input_ids)
@@ -87,6 +91,8 @@ def _check_sampling(params) -> None:
         except (re.error, TypeError, RecursionError, OverflowError) as error:
             raise RequestError(f"stop_regex {pattern!r} ({error})", "a regular expression", "correct it") from None
     bias = params.get("logit_bias") or {}
+    if not isinstance(bias, dict):
+        raise RequestError(f"logit_bias {bias!r}", "an object, token id to bias", 'as {"42": -100}')
     _within("logit_bias", list(bias.values()), -LARGEST_BIAS, LARGEST_BIAS, "-100 bans a token, 100 forces it")
 
 

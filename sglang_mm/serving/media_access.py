@@ -20,13 +20,14 @@ from urllib.parse import quote, unquote, urlsplit
 from sglang_mm.errors import ConfigError
 
 REMOTE, INLINE, SENT = ("http://", "https://"), "data:", "video:"  # `video:` is sgl.video, see frontend.py
-BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}")
 JPEG = "/9j/"  # what the base64 of every JPEG begins with; no other image or video has base64 that begins with /
 SHORTEST_INLINE = 64  # characters: no image or video is shorter, hardly a path without a dot is longer
 SHOWN = 100  # characters of a name that messages repeat
 ANYWHERE = "/"
+NAMING = ("url", "image", "video", "audio", "path")  # keys of dicts under which models look for names
 
-_directories: tuple[str, ...] = (ANYWHERE,)
+_directories: tuple[str, ...] = ()
 
 
 class RequestError(ConfigError):
@@ -45,11 +46,11 @@ def resolve(medium, kind: str):
     What is no name (bytes, tensors, preprocessed dicts, pictures) stays as it is. Raises RequestError.
     """
     if isinstance(medium, str):
-        return _resolve_name(medium, kind)
+        return medium if medium.startswith(SENT) else _resolve_name(medium, kind)
     if isinstance(getattr(medium, "url", None), str):  # SGLang's ImageData and VideoData
         return replace(medium, url=_resolve_name(medium.url, kind))
     if isinstance(medium, dict):
-        named = {key: medium[key] for key in ("url", "image") if isinstance(medium.get(key), str)}
+        named = {key: medium[key] for key in NAMING if isinstance(medium.get(key), str)}
         return {**medium, **{key: _resolve_name(name, kind) for key, name in named.items()}}
     if isinstance(medium, list | tuple) and any(isinstance(part, str) for part in _flat(medium)):
         raise RequestError(
@@ -73,7 +74,7 @@ def shown(medium) -> str:
 
 
 def _resolve_name(name: str, kind: str) -> str:
-    if name.startswith((*REMOTE, INLINE, SENT)):
+    if name.startswith((*REMOTE, INLINE)):
         return name
     if not name.strip():
         raise RequestError(f"an empty address for the {kind}", _forms(), f"name the {kind}, or leave it out")
@@ -82,7 +83,7 @@ def _resolve_name(name: str, kind: str) -> str:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name):
         raise RequestError(f"{kind} {shown(name)}", _forms(), "download it and send the file")
     inline = name.startswith(JPEG) or (len(name) >= SHORTEST_INLINE and not name.startswith("/"))
-    if inline and BASE64.fullmatch(name):
+    if inline and BASE64.fullmatch(name.strip()):
         return f"{INLINE};base64,{''.join(name.split())}"
     return _below(name, name, kind)
 

@@ -20,10 +20,12 @@ DECODERS = {  # what decord, torchcodec, Pillow and SGLang say, and what it mean
     r"(?i)cannot find video stream|no (valid |best )?(video )?streams?": "there is no video in it",
     r"broken metadata": "its frames cannot be counted",
     r"Error sending packet|Check failed|(?i:requested next frame)": "damaged: decoding breaks off",
+    r"a play list": "a play list, which names other files",
     r"not enough values to unpack": "not base64: there is no comma",
     r"Non-base64 digit|Incorrect padding|base64": "not base64",
     r"cannot identify image file": "no image format",
 }
+SCRIPTS, SCRIPT_HEAD = (b"ffconcat", b"#EXTM3U", b"<?xml", b"<MPD", b"v=0"), 256  # files by which FFmpeg opens others
 NETWORK = CLIENT_MEDIA_EXCEPTIONS[-1]  # what SGLang's downloads raise
 SENT = (MultimodalInputFormat.PROCESSOR_OUTPUT, MultimodalInputFormat.PRECOMPUTED_EMBEDDING)
 
@@ -154,3 +156,17 @@ def _check_data(item, kind: str, pixels: tuple[int, int], embeddings: tuple[int,
 
 def _disagree(given: str) -> RequestError:
     return RequestError(given, PREPARED, PREPARE)
+
+
+def open_video(original, wrapper, source, *args, **kwargs):
+    """Around-hook on SGLang's VideoDecoderWrapper.__init__: play lists are no videos, they name other files."""
+    if isinstance(source, bytes | bytearray):
+        head = bytes(source[:SCRIPT_HEAD])
+    elif isinstance(source, str | os.PathLike) and os.path.isfile(source):
+        with open(source, "rb") as file:
+            head = file.read(SCRIPT_HEAD)
+    else:
+        head = b""
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(SCRIPTS):
+        raise RequestError("a video that is a play list", "the video itself", "send the files that it names")
+    return original(wrapper, source, *args, **kwargs)

@@ -19,6 +19,7 @@ AROUND_HOOKS = {  # below sglang.srt: what runs around it, in every process
     "utils.common.load_video": "frontend.load_video",
     "multimodal.processors.qwen_vl.preprocess_video": "frontend.preprocess_video",
     "utils.common.download_remote_media": "media_check.download",
+    "utils.video_decoder.VideoDecoderWrapper.__init__": "media_check.open_video",
     "managers.io_struct.GenerateReqInput.normalize_batch_and_arguments": "intake.admit_fields",
     "managers.tokenizer_manager.TokenizerManager._validate_mm_limits": "intake.admit_media",
     "managers.tokenizer_manager.TokenizerManager._validate_one_request": "intake.admit_prompt",

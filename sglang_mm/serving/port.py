@@ -72,6 +72,8 @@ def _served_by(server_class: type, ours: list[socket.socket]) -> Iterator[None]:
     serve = server_class.serve
 
     async def serve_on_ours(server, sockets=None):
+        for made in ours:  # listening counts past connections again
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         await serve(server, sockets=sockets or ours)
 
     server_class.serve = serve_on_ours

@@ -1,13 +1,14 @@
 """Which frames of a video file a request uses, at which size: known before any frame is decoded.
 
 SGLang takes two frames a second, at most 768 of them, and shrinks them until a video has at most 115,200 tokens; an
-hour of video is then one frame in five seconds. Here the two limits grow with what fits into one prompt:
+hour of video is then one frame in five seconds. Videos of up to 768 frames (6.4 minutes) are sampled here as there. For
+longer ones the limits grow with what fits into one prompt:
 
-    frames   two a second up to 7,200 (one hour), as many as fit at the smallest size, never fewer than SGLang's 768
-    pixels   nine tenths of what fits, shared by the request's videos, never less than SGLang's
+    frames   two a second up to 7,200 (one hour), as many as fit
+    pixels   nine tenths of what fits, shared by the request's videos
 
-The size of a frame stays within SGLang's bounds, 128 to 768 tokens per pair. Who sets --mm-process-config or the
-variable VIDEO_MAX_PIXELS has chosen; then that holds.
+The size of a frame stays within SGLang's bounds, 128 to 768 tokens per pair. Who sets frames or pixels by
+--mm-process-config or the variable VIDEO_MAX_PIXELS has chosen; then that holds.
 """
 
 import asyncio
@@ -27,7 +28,9 @@ TOKEN_PIXELS = qwen_vl.IMAGE_FACTOR**2  # of one frame; a token covers them in F
 MAX_FRAMES = 7200
 SHARE = 0.9
 FLOOR = 1.05  # SGLang never shrinks frames below so many times their smallest size
-PIECE = 64  # frames decoded at once: an hour of full-size frames is 45 GB
+ATTEMPTS = 4
+CHOSEN = {"nframes", "max_frames", "total_pixels"}
+PIECE_BYTES = 1 << 30  # decoded at once: an hour of full-size frames is 45 GB
 
 
 @dataclass(frozen=True)
@@ -39,25 +42,26 @@ class Sampling:
     width: int
     config: dict
 
-
-def limits(config: dict, fits: int | None, videos: int) -> dict:
-    """SGLang's video config with frames and pixels that its user left open. fits: tokens of the longest prompt."""
-    if fits is None:
-        return config
-    pixels = int(max(qwen_vl.VIDEO_TOTAL_PIXELS, SHARE * fits * TOKEN_PIXELS / videos))
-    if "VIDEO_MAX_PIXELS" in os.environ:
-        pixels = qwen_vl.VIDEO_TOTAL_PIXELS
-    pixels = config.get("total_pixels", pixels)
-    smallest = FLOOR * config.get("min_pixels", qwen_vl.VIDEO_MIN_PIXELS)
-    frames = max(qwen_vl.FPS_MAX_FRAMES, min(MAX_FRAMES, int(qwen_vl.FRAME_FACTOR * pixels / smallest)))
-    chosen = {"total_pixels": pixels}
-    if "nframes" not in config:
-        chosen["max_frames"] = config.get("max_frames", frames)
-    return {**config, **chosen}
+    @property
+    def tokens(self) -> int:
+        return self.frames // qwen_vl.FRAME_FACTOR * (self.height * self.width // TOKEN_PIXELS)
 
 
-def plan(video, config: dict) -> Sampling:
-    """How SGLang's preprocess_video samples this video under `config`. Raises RequestError for what has no frames."""
+def room(config: dict, fits: int, videos: int) -> int | None:
+    """Tokens that each of a request's videos may have, or None where its user has set limits of frames or pixels.
+
+    fits: tokens of the longest prompt.
+    """
+    if CHOSEN & config.keys() or "VIDEO_MAX_PIXELS" in os.environ:
+        return None
+    return int(SHARE * fits / videos)
+
+
+def plan(video, config: dict, room: int | None = None) -> Sampling:
+    """How SGLang's preprocess_video samples this video under `config`, with more frames where a long one has room.
+
+    Raises RequestError for what has no frames.
+    """
     total, fps = len(video), video.avg_fps
     if total < qwen_vl.FRAME_FACTOR or not fps or not math.isfinite(fps) or fps <= 0:
         raise RequestError(
@@ -66,9 +70,33 @@ def plan(video, config: dict) -> Sampling:
             "send a single frame as an image; otherwise check how the file was written",
         )  # fmt: skip
     if isinstance(video, SentVideo):  # a program has chosen its frames
-        config = {**{key: value for key, value in config.items() if key not in SAMPLING}, "nframes": total}
-    frames = qwen_vl.smart_nframes(config, total_frames=total, video_fps=fps)
-    _tell_of_sparse(frames, total / fps, config)
+        return _sampling(
+            video, {**{key: value for key, value in config.items() if key not in SAMPLING}, "nframes": total}
+        )
+    found, wanted = _sampling(video, config), config.get("fps", qwen_vl.FPS) * total / fps
+    if room is not None and wanted > qwen_vl.FPS_MAX_FRAMES:
+        found = max(found, _with_room(video, config, room), key=lambda how: how.frames)
+    _tell_of_sparse(found.frames, total / fps, config)
+    return found
+
+
+def _with_room(video, config: dict, room: int) -> Sampling:
+    """As many frames as have room, small enough for it; none where even the smallest have not."""
+    least = FLOOR * config.get("min_pixels", qwen_vl.VIDEO_MIN_PIXELS)
+    raised = {**config, "total_pixels": room * TOKEN_PIXELS}
+    raised["max_frames"] = max(
+        qwen_vl.FRAME_FACTOR, min(MAX_FRAMES, int(qwen_vl.FRAME_FACTOR * room * TOKEN_PIXELS / least))
+    )
+    for _ in range(ATTEMPTS):  # a video of few pixels is enlarged, and takes more than was counted on
+        found = _sampling(video, raised)
+        if found.tokens <= room:
+            return found
+        raised["max_frames"] = max(qwen_vl.FRAME_FACTOR, int(found.frames * room / found.tokens))
+    return Sampling(0, 0, 0, {})
+
+
+def _sampling(video, config: dict) -> Sampling:
+    frames = qwen_vl.smart_nframes(config, total_frames=len(video), video_fps=video.avg_fps)
     height, width = _size(video[0].shape[:2], frames, config)  # as decoded: turned, where the file says so
     return Sampling(frames, height, width, {**config, "resized_height": height, "resized_width": width})
 
@@ -101,8 +129,10 @@ def sample(video, sampling: Sampling) -> tuple[torch.Tensor, dict]:
     """
     decode = video.get_frames_as_tensor
 
+    each = max(1, PIECE_BYTES // math.prod(video[0].shape))  # decoders are opened anew for each piece: not too few
+
     def in_pieces(indices: list[int]) -> torch.Tensor:
-        pieces = [_resized(decode(indices[i : i + PIECE]), sampling) for i in range(0, len(indices), PIECE)]
+        pieces = [_resized(decode(indices[i : i + each]), sampling) for i in range(0, len(indices), each)]
         return torch.cat(pieces)
 
     video.get_frames_as_tensor = in_pieces

@@ -38,6 +38,7 @@ PARAMETERS = {  # below sglang.srt, functions we call or override: the parameter
     "multimodal.processors.qwen_vl:preprocess_video": "vr video_config",
     "multimodal.processors.qwen_vl:_get_processor_video_config": "video_config video_metadata",
     "layers.attention.vision:VisionSdpaAttention.forward": "q k v bsz cu_seqlens",
+    "utils.video_decoder:VideoDecoderWrapper": "source",
 }
 FIELDS = {  # below sglang.srt, data we read or write
     "managers.io_struct:GenerateReqInput": "log_metrics",

@@ -158,6 +158,7 @@ def addresses(directory: Path, host: str) -> list[Request]:
         return chat(what, [kind(url), TEXT], tells)
 
     cut = base64.b64encode((directory / "good.jpg").read_bytes()[:90]).decode()
+    script = base64.b64encode(b"ffconcat version 1.0\nfile good.mp4\n").decode()
     return [
         shown("no address", ""),
         shown("ftp address", "ftp://127.0.0.1/x.mp4", video),
@@ -169,6 +170,8 @@ def addresses(directory: Path, host: str) -> list[Request]:
         shown("base64 with other characters", "data:image/png;base64,@@@@", image, "not base64"),
         shown("data: address without data", "data:image/png", image, "comma"),
         shown("base64 of no video", "data:video/mp4;base64,AAAA", video),
+        shown("play list that names a file", f"data:video/mp4;base64,{script}", video, "play list"),
+        shown("frames of a program that are none", "video:/etc/passwd", video),
         generate("bare base64 of half a JPEG", IMAGE, image_data=[cut]),
     ]
 
@@ -223,6 +226,7 @@ def fields() -> list[Request]:
         ask("negative temperature", sampling={"temperature": -1}),
         ask("unknown sampling parameter", sampling={"temprature": 1}, tells="temprature"),
         ask("bias that leaves no token", sampling={"logit_bias": {"5": -1e308}, "temperature": 1}),
+        ask("bias without tokens", sampling={"logit_bias": [1]}),
         ask("stop_regex that is none", sampling={"stop_regex": "(("}),
         ask("JSON schema that is none", sampling={"json_schema": "{"}),
         ask("embeddings over HTTP", positional_embed_overrides={"a": 1}),

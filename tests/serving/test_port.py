@@ -51,6 +51,23 @@ def test_a_host_that_is_none(free):
         pass
 
 
+@pytest.fixture
+def left(free) -> int:
+    """A port on which a server has just ended that closed its connections first."""
+    with socket.create_server((HOST, free)) as listening:
+        client = socket.create_connection((HOST, free), timeout=5)
+        served, _ = listening.accept()
+        served.close()
+        client.close()
+    return free
+
+
+def test_uvicorn_listens_where_a_server_has_just_ended(left):
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind((HOST, left))
+    test_uvicorn_listens_on_the_socket_that_was_bound(left, HOST)
+
+
 @pytest.mark.parametrize("host", [HOST, "localhost"])
 def test_uvicorn_listens_on_the_socket_that_was_bound(free, host):
     async def app(scope, receive, send):

@@ -58,10 +58,10 @@ def clip(seconds: float, fps: float = 25.0, height: int = 1080, width: int = 192
     ],
 )
 def test_frames_are_sglangs_pixel_by_pixel(sampling, decoder, config, monkeypatch):
-    """Decoded and resized in pieces of 3; sizes that SGLang's rule would change if applied twice are among these."""
+    """Decoded and resized 3 frames at a time; some of these sizes SGLang's rule would change if applied twice."""
     from sglang.srt.multimodal.processors import qwen_vl
 
-    monkeypatch.setattr(sampling, "PIECE", 3)
+    monkeypatch.setattr(sampling, "PIECE_BYTES", 3 * 320 * 180 * 3)
     expected, metadata = asyncio.run(qwen_vl.preprocess_video(decoder(), video_config=config))
     how = sampling.plan(decoder(), config)
     frames, told = sampling.sample(decoder(), how)
@@ -70,45 +70,39 @@ def test_frames_are_sglangs_pixel_by_pixel(sampling, decoder, config, monkeypatc
     assert told["frames_indices"].tolist() == metadata["frames_indices"].tolist() and told["fps"] == metadata["fps"]
 
 
-def tokens(how) -> int:
-    return how.frames // 2 * (how.height // 28) * (how.width // 28)
+@pytest.mark.parametrize("fits", [32_768, 128_000, 200_000, MILLION])
+@pytest.mark.parametrize("size", [(1080, 1920), (720, 1280), (180, 320)])
+def test_videos_of_up_to_768_frames_are_sampled_as_ever(sampling, size, fits):
+    for seconds in (2, 60, 152, 180, 300, 384):
+        video = clip(seconds, 25.0, *size)
+        assert sampling.plan(video, {}, sampling.room({}, fits, 1)) == sampling.plan(video, {})
 
 
-def test_short_videos_are_sampled_as_ever(sampling):
-    for seconds in (2, 60, 140):
-        assert sampling.plan(clip(seconds), {}).frames == 2 * seconds
-        raised = sampling.limits({}, 128_000, 1)
-        assert tokens(sampling.plan(clip(seconds), raised)) == tokens(sampling.plan(clip(seconds), {}))
+@pytest.mark.parametrize("size", [(1080, 1920), (720, 1280), (180, 320), (2000, 100)])
+@pytest.mark.parametrize("videos", [1, 3])
+@pytest.mark.parametrize(("fits", "seconds"), [(128_000, 3600), (MILLION, 3600), (MILLION, 24 * 3600), (60_000, 900)])
+def test_long_videos_are_seen_at_more_frames_where_they_fit(sampling, fits, seconds, videos, size):
+    video = clip(seconds, 25.0, *size)
+    stock, how = sampling.plan(video, {}), sampling.plan(video, {}, sampling.room({}, fits, videos))
+    assert stock.frames == 768 <= how.frames <= min(7200, 2 * seconds)
+    assert how == stock or how.tokens <= 0.9 * fits / videos
+    if fits == MILLION and videos == 1:
+        assert how.frames == (7200 if size[0] != 2000 else how.frames) and how.frames > 2 * stock.frames
 
 
-@pytest.mark.parametrize(("fits", "seconds"), [(128_000, 3600), (32_768, 3600), (MILLION, 3600), (MILLION, 24 * 3600)])
-def test_long_videos_are_seen_at_more_frames_and_fit(sampling, fits, seconds):
-    stock = sampling.plan(clip(seconds), {})
-    assert stock.frames == 768
-    how = sampling.plan(clip(seconds), sampling.limits({}, fits, 1))
-    assert how.frames <= 7200 and how.frames >= stock.frames
-    if fits >= 128_000:
-        assert tokens(how) < fits and how.frames > 2 * stock.frames
-    if fits == MILLION:
-        assert how.frames == 7200
-    if fits < 128_000:
-        assert tokens(how) <= tokens(stock), "no more than SGLang's own budget, which does not fit either"
-
-
-def test_videos_of_one_request_share_what_fits(sampling):
-    budgets = [sampling.limits({}, MILLION, videos)["total_pixels"] for videos in (1, 2, 4)]
-    assert budgets[0] == pytest.approx(2 * budgets[1]) == pytest.approx(4 * budgets[2])
+def test_a_video_that_fits_with_sglangs_limits_still_fits(sampling):
+    """768 frames of 320 x 180 have 55,296 tokens, and cannot have fewer."""
+    video = clip(3600, 25.0, 180, 320)
+    assert sampling.plan(video, {}, sampling.room({}, 60_000, 1)).tokens == sampling.plan(video, {}).tokens < 60_000
 
 
 def test_the_users_choice_holds(sampling, monkeypatch):
-    chosen = {"max_frames": 100, "total_pixels": MILLION, "fps": 1}
-    assert sampling.limits(chosen, MILLION, 1) == chosen
-    assert sampling.limits({"nframes": 64}, MILLION, 1)["nframes"] == 64
-    assert "max_frames" not in sampling.limits({"nframes": 64}, MILLION, 1)
-    from sglang.srt.multimodal.processors import qwen_vl
-
-    monkeypatch.setenv("VIDEO_MAX_PIXELS", str(qwen_vl.VIDEO_TOTAL_PIXELS))
-    assert sampling.limits({}, MILLION, 1)["total_pixels"] == qwen_vl.VIDEO_TOTAL_PIXELS
+    for chosen in ({"max_frames": 100}, {"total_pixels": MILLION}, {"nframes": 64}):
+        assert sampling.room(chosen, MILLION, 1) is None
+    assert sampling.room({"fps": 1}, MILLION, 2) == 450_000
+    assert sampling.plan(clip(3600), {"fps": 0.1}, MILLION).frames == 360
+    monkeypatch.setenv("VIDEO_MAX_PIXELS", "1000000")
+    assert sampling.room({}, MILLION, 1) is None
 
 
 @pytest.mark.parametrize(("seconds", "fps"), [(0, 25.0), (0.04, 25.0), (9, 0.0), (9, None), (9, math.nan)])

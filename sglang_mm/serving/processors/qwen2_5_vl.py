@@ -32,10 +32,9 @@ def tell_apart(item: MultimodalDataItem) -> None:
     SGLang's prefix cache knows media by their pixels. The same pixels in another grid (a blank picture, turned) or at
     other times have other positions, and would be answered from wrong keys and values.
     """
-    if item.hash is not None:
-        places = [item.model_specific_data.get(name) for name in POSITIONS]
-        numbers = [torch.as_tensor(found).tolist() for found in places if found is not None]
-        item.set_hash(digest64([item.hash, numbers]))
+    places = [item.model_specific_data.get(name) for name in POSITIONS]
+    numbers = [torch.as_tensor(found).tolist() for found in places if found is not None]
+    item.set_hash(digest64([item.hash, numbers]))
 
 
 class TimedQwenVLProcessor(qwen_vl.QwenVLImageProcessor):
@@ -64,14 +63,16 @@ class TimedQwenVLProcessor(qwen_vl.QwenVLImageProcessor):
             check_markers(text, self.mm_tokens, {kind: len(some) for kind, some in media.items()})
         try:
             output = await super().process_mm_data_async(image_data, input_text, request_obj, *args, **kwargs)
+            output.padded_input_ids = None  # ranks make them from the hashes, which change here
+            await self.hash_executor.set_pad_values(output.mm_items)
+            for item in output.mm_items:
+                tell_apart(item)
         except Exception as error:
             explained = self._explained(error, prepared)
             raise explained from (None if explained is error else error)
         vision = self.hf_config.vision_config
         patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         check_prepared(output, self.spatial_merge_size, patch, vision.out_hidden_size, sent=prepared)
-        for item in output.mm_items:
-            tell_apart(item)
         return output
 
     @staticmethod
@@ -115,11 +116,13 @@ class TimedQwenVLProcessor(qwen_vl.QwenVLImageProcessor):
 
     async def _sample(self, videos: list[VideoDecoderWrapper], names: list) -> list[tuple]:
         """Frames and metadata of each video, decoded in threads; too many are refused before one is decoded."""
-        config = self.video_config
-        if self.mm_config.vision == "frames":
-            fits = self.prompt_limit and self.prompt_limit.tokens
-            config = sampling.limits(config, fits, len(videos))
-        planned = [await self._in_thread(name, sampling.plan, video, config) for video, name in zip(videos, names)]
+        room = None
+        if self.mm_config.vision == "frames" and self.prompt_limit:
+            room = sampling.room(self.video_config, self.prompt_limit.tokens, len(videos))
+        planned = [
+            await self._in_thread(name, sampling.plan, video, self.video_config, room)
+            for video, name in zip(videos, names)
+        ]
         self._check_fits(planned)
         return [
             await self._in_thread(name, sampling.sample, video, how)
