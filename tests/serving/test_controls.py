@@ -20,7 +20,7 @@ def broken_answers(checkpoint, prompts, tmp_path_factory) -> dict:
     (case,) = [case for case in prompts if case.name == "one video"]
     told = {}
     try:
-        with engine("tests.serving.broken:BrokenEngine", model_path=checkpoint, cp=2) as ask:
+        with engine("tests.serving.broken:BrokenEngine", model_path=checkpoint, cp=2, schedule="ring") as ask:
             for fault in FAULTS:
                 path.write_text(fault)
                 ask("flush_cache")
