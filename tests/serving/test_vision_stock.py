@@ -24,7 +24,7 @@ def unmodified_sglang(checkpoint, prompts) -> dict:
 
 
 def test_equals_unmodified_sglang(stock_vision, unmodified_sglang):
-    assert compare.record_of(stock_vision)["schedule"] == "ring"
+    assert compare.record_of(stock_vision)["schedule"] in ("ring", "gather")
     assert "sglang_mm" not in unmodified_sglang["meta_info"]
     assert stock_vision["output_ids"] == unmodified_sglang["output_ids"]
     assert compare.largest_difference(stock_vision, unmodified_sglang) <= compare.TOLERANCE

@@ -30,7 +30,7 @@ class Config:
 def choose_config(capability: int, dtype: torch.dtype, head_dim: int) -> Config:
     """capability: 90 for sm_90; 0 for the interpreter, which runs what sm_90 does."""
     if dtype == torch.float32:  # products in IEEE fp32, without tensor cores: larger steps spill
-        return Config(16, 32, 8, 1, tma=False)
+        return Config(16, 16 if capability // 10 == 12 else 32, 8, 1, tma=False)
     if capability == 0 or capability // 10 in (9, 10):
         keys = 32 if capability >= 100 and head_dim > 64 else 64
         return Config(128, keys, 8, 3, tma=True)
