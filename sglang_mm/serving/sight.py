@@ -37,6 +37,7 @@ def tokens_of_batch(forward_batch) -> list[dict[str, int]]:
 def progress_of(forward_batch, rank: int, ranks: int, layers: int, schedule: str, chunk: int) -> Progress:
     """Of an extend batch that is about to run."""
     tokens = sum(map(Counter, tokens_of_batch(forward_batch)), Counter())
+    to = publisher() if get_parallel().attn_tp_rank == 0 else Publisher(None)  # of T ranks with the same rows one tells
     return Progress(
         requests=forward_batch.rids or [],
         rank=rank,
@@ -47,9 +48,7 @@ def progress_of(forward_batch, rank: int, ranks: int, layers: int, schedule: str
         tokens=dict(tokens),
         schedule=schedule,
         chunk=chunk,
-        to=publisher()
-        if get_parallel().attn_tp_rank == 0
-        else Publisher(None),  # of T ranks with the same rows one tells
+        to=to,
     )
 
 

@@ -1,6 +1,7 @@
 """150 mixed requests at once, with aborts, cache hits and evictions: every answer right, everything given back."""
 
 from collections import Counter
+from functools import cache
 
 import pytest
 
@@ -13,6 +14,7 @@ GROWTH = 200 << 20  # bytes a rank may hold more after the second half of the lo
 
 @pytest.fixture(scope="module")
 def soaked(answers, checkpoint, prompts):
+    @cache
     def soaked(cp: int) -> dict:
         if cp <= 2:
             return answers(1, cp, "ring" if cp == 2 else "auto")["soak"]
