@@ -91,7 +91,7 @@ def ask(url: str, video: Path, question: str, new_tokens: int, on_text) -> dict:
 
 def generate(url: str, prompt: str, video: Path, new_tokens: int, top: int) -> dict:
     """SGLang's native endpoint, with token ids and log-probabilities; the prefix cache is emptied first."""
-    _post(f"{url}/flush_cache", {})
+    _post(f"{url}/flush_cache?timeout=30", {})  # SGLang refuses while the last answer is still being cleared away
     sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
     body = {"text": prompt, "video_data": [str(video.resolve())], "sampling_params": sampling}
     return _post(f"{url}/generate", body | {"return_logprob": True, "top_logprobs_num": top}).json()

@@ -59,7 +59,7 @@ def run(url: str, video: str, picture: str) -> dict:
         return sgl.video(video, number)
 
     def alone(*shown, backend=ours) -> dict:
-        requests.post(f"{url}/flush_cache", timeout=60).raise_for_status()
+        requests.post(f"{url}/flush_cache?timeout=30", timeout=60).raise_for_status()
         media = shown[0] + shown[1] if len(shown) > 1 else shown[0]
         return told(ask.run(media, temperature=0, backend=backend))
 

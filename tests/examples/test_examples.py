@@ -62,7 +62,7 @@ def outcome(process: subprocess.Popen, deadline_s: float = 120) -> tuple[int, st
 @pytest.fixture(scope="module")
 def said(served) -> dict[str, str]:
     """What the examples with the OpenAI client print; the first meets an empty cache, the others run side by side."""
-    requests.post(f"{served.url}/flush_cache", timeout=60).raise_for_status()
+    requests.post(f"{served.url}/flush_cache?timeout=30", timeout=60).raise_for_status()
     common = ("--url", served.url, "--video", served.video)
     ended = {"openai_video.py": outcome(started("openai_video.py", *common, "--max-tokens", "8"))}
     options = {"multi_turn.py": ("--max-tokens", "8"), "logprobs.py": ("--tokens", "2", "--top", "3")}
@@ -94,7 +94,7 @@ def test_every_frame_of_a_program_arrives(told):
 
 
 def ask(served, text: str, **request) -> dict:
-    requests.post(f"{served.url}/flush_cache", timeout=60).raise_for_status()
+    requests.post(f"{served.url}/flush_cache?timeout=30", timeout=60).raise_for_status()
     body = {"text": text, "sampling_params": {"max_new_tokens": 4, "temperature": 0}, "return_logprob": True}
     return requests.post(f"{served.url}/generate", json=body | request, timeout=120)
 

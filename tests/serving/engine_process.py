@@ -82,6 +82,12 @@ def rank_infos(running) -> list[dict]:
     return running._scheduler_init_result.scheduler_infos
 
 
+def flush_cache(running) -> None:
+    """Empty the prefix cache; SGLang refuses while the last answer is still being cleared away."""
+    flushed = running.loop.run_until_complete(running.tokenizer_manager.flush_cache(timeout_s=30))
+    assert flushed.success, flushed.message
+
+
 def keep_prompts(running) -> None:
     """From now on remember what SGLang's processor hands to the model."""
     from sglang_mm.demo import huggingface

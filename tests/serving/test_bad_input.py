@@ -86,7 +86,7 @@ def refused(url, directory) -> list[tuple[bad_inputs.Request, int, str]]:
             status, reply = send(url, request)
             assert answer_of(send(url, good)[1]) == expected, f"after {request.what}"
             told.append((request, status, normal(message_of(reply), directory)))
-    requests.post(f"{url}/flush_cache", timeout=30)
+    requests.post(f"{url}/flush_cache?timeout=30", timeout=60).raise_for_status()
     assert answer_of(send(url, good_video)[1]) == expected_of_video
     return told
 
