@@ -9,27 +9,32 @@ from sglang_mm.errors import ConfigError
 ENV = "SGLANG_MM_CONFIG"
 SCHEDULES = ("auto", "ring", "gather")
 VISIONS = ("frames", "stock")
+KV = ("sharded", "replicated")
 
 
 @dataclass(frozen=True)
 class Config:
     """tp: tensor-parallel width T. cp: context-parallel width C; the world has T * C ranks.
 
-    schedule: how K/V travel during prefill. cp_min_tokens: new tokens of a batch's longest request, or tokens of the
-    largest medium they touch, from which its prefill is sharded. vision: `frames` attends inside each frame and keeps
-    the video's timing (as Qwen2.5-VL was trained), `stock` keeps SGLang 0.5.23's values.
+    schedule: how K/V travel during prefill. kv: `sharded` keeps 1/C of every page of K/V on each replica, `replicated`
+    all of it. cp_min_tokens: new tokens of a batch's longest request, or tokens of the largest medium they touch, from
+    which its prefill is sharded. vision: `frames` attends inside each frame and keeps the video's timing (as Qwen2.5-VL
+    was trained), `stock` keeps SGLang 0.5.23's values.
     deadline_s: seconds any rank waits for another before it raises.
     allow_local_media: directories below which requests may name local files; empty leaves the default, which is
     any file for an Engine and for a server on loopback, and none for a server that others can reach.
+    media_dir: where the server makes the directory for pixels of requests; empty: in the system's temporary one.
     """
 
     tp: int = 1
     cp: int = 1
     schedule: str = "auto"
+    kv: str = "sharded"
     cp_min_tokens: int = 512
     vision: str = "frames"
     deadline_s: float = 600.0
     allow_local_media: tuple[str, ...] = ()
+    media_dir: str = ""
 
     def __post_init__(self):
         for name in ("tp", "cp"):
@@ -37,6 +42,8 @@ class Config:
                 raise ConfigError(f"--{name} {getattr(self, name)}", "a whole number >= 1", f"pass --{name} 1 or more")
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"--schedule {self.schedule}", " | ".join(SCHEDULES), "pass --schedule auto")
+        if self.kv not in KV:
+            raise ConfigError(f"--kv {self.kv}", " | ".join(KV), "pass --kv sharded")
         if self.vision not in VISIONS:
             raise ConfigError(f"--vision {self.vision}", " | ".join(VISIONS), "pass --vision frames")
         if self.cp_min_tokens < 1:
@@ -48,10 +55,19 @@ class Config:
         for directory in self.allow_local_media:
             if not os.path.isdir(directory):
                 raise ConfigError(f"--allow-local-media {directory}", "a directory", "make it, or check the path")
+        if self.media_dir and not os.access(self.media_dir, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"--media-dir {self.media_dir}", "a directory that this user can write to", "make it, or pass another"
+            )
 
     @property
     def world_size(self) -> int:
         return self.tp * self.cp
+
+    @property
+    def keepers(self) -> int:
+        """How many replicas share a page of K/V; 1 where each keeps all."""
+        return self.cp if self.kv == "sharded" else 1
 
     def to_env(self) -> None:
         """Publish to this process's environment; forked and spawned workers inherit it."""

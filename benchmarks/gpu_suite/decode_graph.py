@@ -70,17 +70,17 @@ def _time_step(suite: Suite, prompt: Prompt, qkv, backend: str, width: int, poin
         suite.report.fail(f"{backend}: {what}", check.why)
         return
     where = {"point": point.name, "C": width, "backend": backend}
-    figures: dict[str, object] = {"eager ms": 1e3 * _per_step(suite, step).median}
+    figures: dict[str, object] = {"eager ms": 1e3 * per_step(suite, step).median}
     nbytes = sum(each.nbytes for each in held[0])
     if COPY in suite.ceilings:
         figures["K/V at copy speed ms"] = 1e3 * nbytes / suite.ceilings[COPY]
     if suite.is_rehearsal:
         suite.report.add("decode", where, None, **figures, graph="no GPU")
         return
-    replay, note = _captured(step, check)
+    replay, note = captured(step, check)
     if note.startswith(DIFFERS):
         suite.report.fail(f"{backend}: graph of {what}", note)
-    suite.report.add("decode", where, _per_step(suite, replay) if replay else None, **figures, graph=note)
+    suite.report.add("decode", where, per_step(suite, replay) if replay else None, **figures, graph=note)
 
 
 def _program(prompt: Prompt, part: torch.Tensor, point: Point) -> TileProgram:
@@ -91,7 +91,7 @@ def _program(prompt: Prompt, part: torch.Tensor, point: Point) -> TileProgram:
     return program
 
 
-def _captured(step: Step, check) -> tuple[Callable[[], None] | None, str]:
+def captured(step: Step, check) -> tuple[Callable[[], None] | None, str]:
     """Replay of a graph of the step, whose state equals the eager one's; or None, and why not."""
     eager = [each.clone() for each in step()]
     try:
@@ -117,7 +117,7 @@ def _captured(step: Step, check) -> tuple[Callable[[], None] | None, str]:
     return (graph.replay if is_close else None), f"{'off' if is_close else DIFFERS} by {differs:.1e}"
 
 
-def _per_step(suite: Suite, step: Callable[[], object]) -> Timing:
+def per_step(suite: Suite, step: Callable[[], object]) -> Timing:
     """Seconds of one step."""
 
     def several():

@@ -1,4 +1,5 @@
-"""The kernels beside attention: the merge of partial results, and the probe's two passes, against plain torch in fp64.
+"""The kernels beside those for programs: the merge of partial results, the probe's two passes, and attention over keys
+in pages, against plain torch in fp64.
 
 R rows, K keys, Hq query heads, Hkv K/V heads, U units, D head dim.
 """
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_suite.oracle import FP32
+from benchmarks.gpu_suite.paged_decode import NAME as PAGED
+from benchmarks.gpu_suite.paged_decode import pool_slots, requests_ptr, shuffled_pages
 from benchmarks.gpu_suite.report import GREEN, RED, Check
 from benchmarks.gpu_suite.suite import Suite
 from benchmarks.gpu_suite.tensors import poison, random_qkv
-from sglang_mm.kernels import merge, probe
+from sglang_mm.kernels import join_partials, merge, paged_attention, probe
 from sglang_mm.kernels.probe import FIXED_POINT, ClassCounts
+from sglang_mm.types import Residence
 
 ROWS, KEYS = 61, 1003
 """No multiples of any tile."""
@@ -22,7 +26,7 @@ ROWS, KEYS = 61, 1003
 
 def check_small_kernels(suite: Suite) -> None:
     sizes = suite.sizes
-    for name, errors in (("merge", _merge_error), ("probe", _probe_errors)):
+    for name, errors in (("merge", _merge_error), ("probe", _probe_errors), (PAGED, _paged_errors)):
         if name in suite.lost:
             continue
         for dtype in sizes.check_dtypes:
@@ -85,6 +89,33 @@ def _passes(q: Tensor, k: Tensor, rows: range) -> list[Tensor]:
     lse = probe.row_lse(q, k, positions, rows, units, scale=scale)
     masses = probe.key_masses(q, k, positions, rows, units, lse, scale=scale, by_class=counts)
     return [lse[[0, 1, 2, 4, 7]], masses.columns, masses.early, masses.by_class.double() / FIXED_POINT]
+
+
+def _paged_errors(suite: Suite, dtype: torch.dtype, head_dim: int):
+    """Of rank 1 of 3: one row a request, and some; and of the two joined, as results of two ranks would be.
+
+    Allowed: weights are rounded to the dtype of v, by half an eps each; scores, sums and exponentials are of fp32.
+    """
+    table = shuffled_pages([KEYS, 66, 0, 23], Residence(3, 1, 66), suite.device)
+    counts = [ROWS, 1, 2, 0]
+    q, k, v = random_qkv(pool_slots(table), 7, 1, head_dim, dtype, suite.device, seed=4)
+    scale, ptr = head_dim**-0.5, requests_ptr(counts, suite.device)
+
+    def results(q: Tensor, k: Tensor, v: Tensor, backend: str) -> list[Tensor]:
+        several = paged_attention(q[: sum(counts)], k, v, table, scale=scale, queries_ptr=ptr, backend=backend)
+        single = paged_attention(q[: len(counts)], k, v, table, scale=scale, backend=backend)
+        outs = torch.stack([several[0][: len(counts)], single[0]])
+        lses = torch.stack([several[1][:, : len(counts)], single[1]])
+        return [*several, *single, *join_partials(outs, lses)]
+
+    poison(suite.device)
+    got = results(q, k, v, "auto" if suite.is_rehearsal else "triton")
+    want = results(q.double(), k.double(), v.double(), "reference")
+    score = scale * float(q.double().norm(dim=-1).max()) * float(k.double().norm(dim=-1).max())
+    fp32 = 8 * FP32 * (1 + score)
+    rounded = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0.0
+    limits = [(fp32 + rounded) * float(v.abs().max()), fp32 * max(1.0, _largest(want[1]))] * 3
+    return _differences(got, want), limits
 
 
 def _differences(got: Iterable[Tensor], want: Iterable[Tensor]) -> list[float]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang_mm.pixels import StoredPatches
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -29,7 +31,8 @@ def prompt_of(output) -> Prompt:
     for item in output.mm_items:
         kind = "_videos" if item.is_video() else ""
         grid = "video_grid_thw" if item.is_video() else "image_grid_thw"
-        media.setdefault(f"pixel_values{kind}", []).append(torch.as_tensor(item.feature).float())
+        pixels = item.feature.all_pixels() if isinstance(item.feature, StoredPatches) else torch.as_tensor(item.feature)
+        media.setdefault(f"pixel_values{kind}", []).append(pixels.float())
         media.setdefault(grid, []).append(item.model_specific_data[grid].reshape(-1, 3))
     return Prompt(
         list(output.input_ids),

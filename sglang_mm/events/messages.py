@@ -1,6 +1,6 @@
 """What is told: small structs, as msgpack between processes and as JSON for people. Never pickles.
 
-Times are seconds; `seconds` counts from the start of the prefill on that rank, which its own clock measured.
+Times are seconds; `seconds` counts from the start of the prefill on that rank, or of the reading of a medium.
 """
 
 from typing import Annotated, Any
@@ -80,6 +80,21 @@ class PrefillEnded(Message, tag="prefill_ended"):
     error: str = ""
 
 
+class MediaProgress(Message, tag="media_progress"):
+    """One video of a request is being read. medium: its number, from 0. done: of so many `frames`.
+
+    ended: it is over; error: empty, or what ended it early.
+    """
+
+    request: str
+    medium: Count
+    done: Count
+    frames: Count
+    seconds: Seconds
+    ended: bool = False
+    error: str = ""
+
+
 class RequestRecord(Message, tag="request_record"):
     """A request ended. record: as in meta info; finish: SGLang's type of its end (stop, length, abort)."""
 
@@ -96,7 +111,7 @@ class HubAlive(Message, tag="hub_alive"):
     malformed: Count
 
 
-Event = PrefillStarted | StageStarted | StageDone | LayerDone | PrefillEnded | RequestRecord | HubAlive
+Event = PrefillStarted | StageStarted | StageDone | LayerDone | PrefillEnded | MediaProgress | RequestRecord | HubAlive
 _encoder = msgspec.msgpack.Encoder(enc_hook=lambda value: value.item() if hasattr(value, "item") else repr(value))
 _decoder = msgspec.msgpack.Decoder(Event)
 

@@ -10,6 +10,7 @@ ALIVE_EVERY_S = 1.0
 ANSWER_DEADLINE_S = 3.0  # of a hub, to a new subscriber
 LOST_AFTER_S = 10.0  # without a sign of life from the hub
 LAYERS_EVERY_S = 0.05  # of one rank, the last layer aside
+MEDIA_EVERY_S = 1.0  # of one medium that is being read
 QUEUED = 1000  # messages that may wait for a hub, or for a slow subscriber
 LARGEST = 1 << 20  # bytes of a message; who sends more is cut off
 LIVE = b"e"  # the topic of live messages; what a late subscriber missed comes under a topic of its own

@@ -1,6 +1,7 @@
 """Attention kernels behind one contract. They know positions, no ranks and no plans.
 
 causal_attention(q, k, v, pos_q, pos_k, scale=...) -> (out, lse)       merge(out, lse, out_i, lse_i)
+paged_attention(q, k_pool, v_pool, table, scale=...) -> (out, lse)     merge_partials(outs, lses) -> out
 sparse_attention(q, k, v, programs, scale=...) -> (out, lse)           sparse_lse(q, k, programs, scale=...) -> lse
 """
 
@@ -9,14 +10,15 @@ from torch import Tensor
 
 from sglang_mm.errors import ConfigError
 from sglang_mm.kernels import cpu_flash, reference
-from sglang_mm.kernels.merge import empty_state, merge
+from sglang_mm.kernels.merge import empty_state, join_partials, merge, merge_partials
+from sglang_mm.kernels.paged import PageTable, paged_attention
 from sglang_mm.kernels.problem import problem_of
 from sglang_mm.kernels.selector import choose_backend, sparse_attention, sparse_lse
 from sglang_mm.kernels.triton_backend import launch as by_triton
 
 __all__ = [
-    "BACKENDS", "causal_attention", "choose_backend", "empty_state", "merge", "problem_of", "sparse_attention",
-    "sparse_lse",
+    "BACKENDS", "PageTable", "causal_attention", "choose_backend", "empty_state", "join_partials", "merge",
+    "merge_partials", "paged_attention", "problem_of", "sparse_attention", "sparse_lse",
 ]  # fmt: skip
 BACKENDS = {"reference": reference.attend, "cpu_flash": cpu_flash.attend, "triton": by_triton.attend_causal}
 

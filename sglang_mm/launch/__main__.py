@@ -4,7 +4,7 @@ import sys
 
 from sglang_mm.errors import SglangMMError
 from sglang_mm.launch import summary
-from sglang_mm.launch.args import build_parser, parse
+from sglang_mm.launch.args import Launch, build_parser, parse
 
 
 def main(argv: list[str]) -> int:
@@ -13,6 +13,8 @@ def main(argv: list[str]) -> int:
         return 2
     try:
         launch = parse(argv)
+        if launch.dry_run:
+            return dry_run(launch)
         from sglang_mm.serving.server import serve
 
         config = launch.config
@@ -30,6 +32,16 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def dry_run(launch: Launch) -> int:
+    """Exit code: 0, or 2 for a prompt that does not fit. Imports no sglang."""
+    from sglang_mm.dryrun.run import Asked
+    from sglang_mm.dryrun.show import show
+
+    words = launch.dry_run
+    asked = Asked(launch.config, launch.sglang, words.tokens, words.prompt, words.gpu, words.plan)
+    return show(asked, as_json=words.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is known of the prefills under way, from their events: how far each rank is, how long it will take."""
+"""What is known of videos being read and of prefills under way, from their events: how far, and how long still."""
 
 import time
 from collections import OrderedDict
@@ -8,6 +8,7 @@ from sglang_mm.events.messages import (
     STAGES,
     Event,
     LayerDone,
+    MediaProgress,
     PrefillEnded,
     PrefillStarted,
     RequestRecord,
@@ -124,8 +125,15 @@ class Prefill:
         return all(rank.ended for rank in self._all())
 
 
+def reading_left(told: MediaProgress) -> float | None:
+    """Seconds until a video is read, at its speed so far; None while that is unknown."""
+    return told.seconds / told.done * (told.frames - told.done) if told.done else None
+
+
 class Board:
     """All prefills under way. `apply` returns a line for each request whose prefill is over.
+
+    reading: the newest of each video that is being read, by request and number.
 
     requests: how many different ones are over. A rank has one prefill at a time, so that its next one ends the last,
     even if that message was lost.
@@ -133,16 +141,21 @@ class Board:
 
     def __init__(self):
         self.running: dict[str, Prefill] = {}
+        self.reading: dict[tuple[str, int], MediaProgress] = {}
         self._told: OrderedDict[str, None] = OrderedDict()
         self.requests = 0
 
     def apply(self, message: Event) -> list[str]:
         """Take in one event."""
+        if isinstance(message, MediaProgress):
+            return self._read(message)
         if isinstance(message, RequestRecord):
             known = message.request in self._told
             return [] if known else [self._tell(message.request, message.record, f", {message.finish}")]
         if isinstance(message, PrefillStarted):
             lines = self._end_others_of(message)
+            for place in [place for place in self.reading if place[0] in message.requests]:
+                del self.reading[place]  # should their ends not have been heard of
             if all(rid.startswith(HEALTH_CHECK) for rid in message.requests):
                 return lines
             prefill = self.running.setdefault(message.prefill, Prefill(message))
@@ -159,6 +172,17 @@ class Board:
             failed = f"failed on rank {message.rank} after {message.seconds:.1f} s: {message.error}"
             return [self._tell(rid, {}, failed) for rid in prefill.started.requests]
         return self._close(prefill) if prefill.ended else []
+
+    def _read(self, message: MediaProgress) -> list[str]:
+        if message.request.startswith(HEALTH_CHECK):
+            return []
+        place = message.request, message.medium
+        if message.ended:
+            self.reading.pop(place, None)
+        elif place in self.reading or len(self.reading) < KEPT:
+            self.reading[place] = message
+        failed = f"video {message.medium + 1} failed after {message.seconds:.1f} s: {message.error}"
+        return [f"{message.request}  {failed}"] if message.error else []
 
     def _end_others_of(self, message: PrefillStarted) -> list[str]:
         lines = []

@@ -3,8 +3,8 @@
 import sys
 import time
 
-from sglang_mm.events.messages import Event, to_json
-from sglang_mm.launch.monitor_board import Board, Prefill
+from sglang_mm.events.messages import Event, MediaProgress, to_json
+from sglang_mm.launch.monitor_board import Board, Prefill, reading_left
 
 PLAIN_EVERY_S = 1.0
 FRAMES_PER_S = 8
@@ -44,6 +44,8 @@ class PlainView(JsonView):
         self._shown_at = time.monotonic()
         for prefill in board.running.values():
             print(printable("  ".join(columns(prefill))), flush=True)
+        for told in board.reading.values():
+            print(printable("  ".join(filter(None, reading_columns(told)))), flush=True)
 
 
 class BarView(JsonView):
@@ -78,7 +80,25 @@ class BarView(JsonView):
             bar = ProgressBar(total=1.0, completed=prefill.done, width=BAR_WIDTH)
             style = "bold red" if prefill.late() else ""
             grid.add_row(Text(name), Text(size), bar, Text(percent), *(Text(word, style=style) for word in rest))
-        self._live.update(grid if board.running else Text("no prefill under way", style="dim"))
+        for told in board.reading.values():
+            name, size, percent, *rest = map(printable, reading_columns(told))
+            bar = ProgressBar(total=max(1, told.frames), completed=told.done, width=BAR_WIDTH)
+            grid.add_row(Text(name), Text(size), bar, Text(percent), *map(Text, rest))
+        self._live.update(grid if grid.row_count else Text("no prefill under way", style="dim"))
+
+
+def reading_columns(told: MediaProgress) -> list[str]:
+    """The same of a video that is being read."""
+    left = reading_left(told)
+    return [
+        told.request[:12],
+        f"video {told.medium + 1}, {told.frames:,} frames",
+        f"{told.done / max(1, told.frames):4.0%}",
+        "reading",
+        "",
+        "",
+        f"{told.seconds:.0f} s" + (f", {left:.0f} s left" if left is not None else ""),
+    ]
 
 
 def columns(prefill: Prefill) -> list[str]:

@@ -3,6 +3,8 @@
 from sglang_mm.config import Config
 from sglang_mm.serving.exposure import Exposure
 
+SET_ASIDE = 16  # tokens that SGLang keeps of any limit
+
 
 def topology(config: Config, model: str, device: str, exposure: Exposure) -> str:
     """Before start-up."""
@@ -30,6 +32,15 @@ def _vision(config: Config) -> str:
     return "frames: each rank encodes its own frames; attention inside each frame; true video timing"
 
 
+def _at_rest(config: Config, sizes: dict) -> str:
+    if config.cp == 1:
+        return ""
+    if config.keepers == 1:
+        return ", replicated over cp"
+    page, many = sizes["kv_page"], config.cp
+    return f", sharded over cp: each rank keeps {page // many} of the {page} tokens of a page, {many} times as many fit"
+
+
 def ready(config: Config, info: dict, url: str) -> str:
     """After start-up. info: what rank 0's scheduler told (max_total_num_tokens and describe_worker's sizes)."""
     sizes = info["sglang_mm"]
@@ -38,10 +49,15 @@ def ready(config: Config, info: dict, url: str) -> str:
     lines = [f"  backends   prefill {sizes['prefill_backend']}, decode {sizes['decode_backend']}"]
     if "kv_bytes" in sizes:
         lines.append(
-            f"  K/V        {sizes['kv_bytes_per_token']:,} bytes per token and rank ({sizes['layers']} layers x "
-            f"{sizes['kv_heads']} K/V heads x {sizes['head_dim']}), {sizes['kv_bytes'] / 2**30:.2f} GiB per rank"
-            + (", replicated over cp" if config.cp > 1 else "")
+            f"  K/V        {sizes['kv_bytes_per_token']:,} bytes per token ({sizes['layers']} layers x "
+            f"{sizes['kv_heads']} K/V heads x {sizes['head_dim']}){_at_rest(config, sizes)}; "
+            f"{sizes['kv_bytes'] / 2**30:.2f} GiB per rank"
         )
     lines.append(f"  fits       prompt + answer of up to {fits:,} tokens (bound by {bound})")
+    if info["max_req_input_len"] < fits - SET_ASIDE:
+        longest = info["max_req_input_len"]
+        lines.append(
+            f"             prompts of fewer than {longest:,} tokens (bound by the memory that a prefill needs)"
+        )
     lines.append(f"sglang_mm is ready at {url}")
     return "\n".join(lines)

@@ -10,7 +10,10 @@ C ranks, R rows of a rank, N rows of all, P (query, key) pairs, D head dim, b by
     ring      prefix, then C hops in lock step: the slowest rank's attend + merge of a piece, or, where that is longer,
               the send of the largest next piece. The last hop sends nothing.
     gather    per rank: the first stage's send, then per stage attend + copy of the keys it sees, into their order, or,
-              where that is longer, the next stage's send; in the end a copy of all, whole pieces for the K/V pool.
+              where that is longer, the next stage's send.
+
+Cached keys are on every rank (`prefix`), or they travel with the new ones, or their part is done before, by `pass_q`:
+then it is the same for both and left out.
 
 So the total is transport of the first stage + sum of max(compute of a stage, transport of the next); layers are alike.
 Left out, since it is the same for both: masked keys that a kernel computes all the same (a short prompt takes longer
@@ -25,6 +28,7 @@ from torch.nn.functional import one_hot
 
 from sglang_mm.kernels.merge import state_dtype
 from sglang_mm.parallel.gather import head_stages
+from sglang_mm.parallel.holdings import Holdings
 from sglang_mm.types import BatchLayout, Layout
 
 RING, GATHER = "ring", "gather"
@@ -69,9 +73,18 @@ class Constants:
     call_s: float = 0.0
 
 
-def predict(layout: BatchLayout, shape: ModelShape, constants: Constants) -> dict[str, float]:
-    """Seconds per schedule. The same numbers wherever the arguments are the same."""
-    work = _Work(layout)
+def predict(
+    layout: BatchLayout,
+    shape: ModelShape,
+    constants: Constants,
+    holdings: Holdings | None = None,
+    done_before: bool = False,
+) -> dict[str, float]:
+    """Seconds per schedule. The same numbers wherever the arguments are the same.
+
+    holdings: what travels, by default the new rows' keys. done_before: cached keys are no concern of the schedule.
+    """
+    work = _Work(layout, holdings or Holdings(layout), done_before)
     return {
         RING: shape.layers * _ring_s(work, shape, constants),
         GATHER: shape.layers * _gather_s(work, shape, constants),
@@ -95,21 +108,30 @@ def pairs_between(layout: Layout) -> Tensor:
 class _Work:
     """Counts per rank and source, summed over requests. Requests of which a rank has no row cost it nothing."""
 
-    def __init__(self, layout: BatchLayout):
-        self.ranks = layout.ranks
+    def __init__(self, layout: BatchLayout, holdings: Holdings, done_before: bool):
+        self.ranks, ranks = layout.ranks, range(layout.ranks)
         held = torch.tensor([[len(rows) for rows in own.rows] for own in layout.requests])
-        starts = torch.tensor([own.start for own in layout.requests])
-        cached, some = (starts > 0).long(), (held > 0).long()
-        self.rows: list[int] = held.sum(0).tolist()
-        self.pairs: list[list[int]] = sum(pairs_between(own) for own in layout.requests).tolist()
-        self.calls: list[list[int]] = (some.T @ some).tolist()
-        self.merged: list[list[int]] = (held.T @ some).tolist()
-        self.prefix_pairs: list[int] = (starts @ held).tolist()
+        brought = torch.tensor(
+            [[len(holdings.positions(rank, i)) for rank in ranks] for i in range(len(layout.requests))]
+        )
+        starts = torch.tensor([0 if done_before else own.start for own in layout.requests])
+        here = torch.zeros_like(starts) if holdings.residence else starts
+        cached, some, seen = (here > 0).long(), (held > 0).long(), (brought > 0).long()
+        resting = brought - held  # travels
+        self.rows: list[int] = holdings.counts
+        self.pairs: list[list[int]] = (sum(pairs_between(own) for own in layout.requests) + held.T @ resting).tolist()
+        self.calls: list[list[int]] = (some.T @ seen).tolist()
+        self.merged: list[list[int]] = (held.T @ seen).tolist()
+        self.prefix_pairs: list[int] = (here @ held).tolist()
         self.prefix_calls: list[int] = (cached @ some).tolist()
         self.prefix_merged: list[int] = (cached @ held).tolist()
         self.requests: list[int] = some.sum(0).tolist()
-        seen = [[int(rows[-1]) + 1 if len(rows) else 0 for rows in own.rows] for own in layout.requests]
-        self.keys_seen: list[int] = torch.tensor(seen).sum(0).tolist()
+        before = (torch.tensor([own.start for own in layout.requests]) - starts).tolist()
+        stops = [
+            [int(rows[-1]) + 1 - first if len(rows) else 0 for rows in own.rows]
+            for own, first in zip(layout.requests, before)
+        ]
+        self.keys_seen: list[int] = torch.tensor(stops).sum(0).tolist()
 
 
 def _ring_s(work: _Work, shape: ModelShape, constants: Constants) -> float:
@@ -144,8 +166,7 @@ def _gather_rank_s(rank: int, work: _Work, shape: ModelShape, constants: Constan
         compute.append(_attend_s(work.requests[rank], pairs, group * heads, shape, constants) + copy_s)
         transport.append(_send_s(others, travelling, heads, shape, constants))
     overlapped = sum(max(computing, following) for computing, following in zip(compute, transport[1:]))
-    pool_s = _copy_s(sum(work.rows), shape.kv_heads, shape, constants)
-    return transport[0] + overlapped + compute[-1] + pool_s
+    return transport[0] + overlapped + compute[-1]
 
 
 def _attend_s(calls: int, pairs: int, q_heads: int, shape: ModelShape, constants: Constants) -> float:

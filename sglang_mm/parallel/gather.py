@@ -5,7 +5,7 @@
     computed     head 0      head 1      head 2      head 3          from each rank to each other one
 
 A row meets all its keys at once, in order of position: no partial results, no merges, and no rank that waits for its
-neighbour's kernel. T rows of this rank, N of all ranks, H heads, n heads of one stage, D head dim.
+neighbour's kernel. T rows of this rank, N keys of all ranks, H heads, n heads of one stage, D head dim.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from sglang_mm.errors import ConfigError
-from sglang_mm.kernels import causal_attention
-from sglang_mm.parallel.pieces import Piece, Prefix, cached_rows, expect_rows
+from sglang_mm.kernels import causal_attention, merge
+from sglang_mm.parallel.holdings import Holdings
+from sglang_mm.parallel.pieces import Prefix, State, cached_rows, expect_rows
 from sglang_mm.parallel.stopwatch import Watch, unwatched
 from sglang_mm.parallel.transport import Settle, Transport
 from sglang_mm.types import BatchLayout
@@ -24,28 +25,37 @@ from sglang_mm.types import BatchLayout
 MOST_STAGES = 8  # beyond that a stage takes several heads: messages and kernel calls cost more than they hide
 
 
-class GatherTables:
-    """Where gathered keys lie, and their order. One per layout: it serves all layers and heads.
+Keep = Callable[[slice, Tensor], None]
+"""(K/V heads of a stage, their gathered keys and values [N, 2, n, D]): to put away what should rest here."""
 
-    Gathered rows: those of rank 0, of rank 1, and so on; sources[r] are those of rank r. order[i]: int64 [length] on
-    the device, the gathered rows of request i by position. positions[i]: int64 CPU, 0 .. start + length - 1.
+
+class GatherTables:
+    """Where gathered keys lie, and their order. One per batch: it serves all layers and heads.
+
+    Gathered rows: those that rank 0 brings, then rank 1, and so on; sources[r] are those of rank r. order[i]: int64 on
+    the device, the gathered rows of request i by position, from position first[i] on. positions[i]: int64 CPU, all of
+    request i's, from 0 on.
     """
 
-    def __init__(self, layout: BatchLayout, device: torch.device | str):
-        self.layout = layout
-        ends = accumulate((layout.rows(rank) for rank in range(layout.ranks)), initial=0)
-        self.sources = [slice(first, last) for first, last in pairwise(ends)]
-        first_rows = torch.tensor(
-            [[own.start + held.start for held in layout.segments(rank)] for rank, own in enumerate(self.sources)]
-        )
-        self.order = [
-            (first_rows[own.owner(), request] + own.slot()).to(device) for request, own in enumerate(layout.requests)
-        ]
+    def __init__(self, layout: BatchLayout, device: torch.device | str, holdings: Holdings | None = None):
+        self.layout, self.holdings = layout, holdings or Holdings(layout)
+        self.sources = [slice(*pair) for pair in pairwise(accumulate(self.holdings.counts, initial=0))]
+        self.first = [0 if self.holdings.residence else own.start for own in layout.requests]
+        self.order = [self._order(request).to(device) for request in range(len(layout.requests))]
         self.positions = [torch.arange(own.start + own.length) for own in layout.requests]
+
+    def _order(self, request: int) -> Tensor:
+        own, first = self.layout.requests[request], self.first[request]
+        order = torch.empty(own.start + own.length - first, dtype=torch.int64)
+        for rank, source in enumerate(self.sources):
+            held = self.holdings.segments(rank)[request]
+            gathered = torch.arange(source.start + held.start, source.start + held.stop)
+            order[self.holdings.positions(rank, request) - first] = gathered
+        return order
 
     @property
     def rows(self) -> int:
-        """N, the new rows of the batch."""
+        """N, the keys of the batch that travel."""
         return self.sources[-1].stop
 
 
@@ -64,23 +74,26 @@ def attend_gathered(
     *,
     scale: float,
     prefix: Prefix | None = None,
-    keep: Callable[[Piece], None] | None = None,
+    state: State | None = None,
+    keep: Keep | None = None,
     backend: str = "auto",
     watch: Watch = unwatched,
 ) -> Tensor:
-    """Dense causal attention of this rank's rows over the cached prefixes and all ranks' rows: out [T, Hq, D], as q.
+    """Dense causal attention of this rank's rows over their prompts' cached keys and all ranks' keys: out [T, Hq, D].
 
-    q [T, Hq, D], k, v [T, Hkv, D]: the rank's rows of all requests, in layout order; T may be 0. Collective: every
-    rank of the layout calls it. keep: called once per rank in rank order, the own one included, with contiguous k, v
-    [its T, Hkv, D]; without it no more than two stages are held at once. watch: stages `attention` (copies of keys
-    included) and `transport`. Raises ConfigError when q, k, v, a prefix or the ring do not fit the layout,
-    RingBroken past the deadline.
+    q [T, Hq, D]: the rank's rows of all requests, in layout order; T may be 0. k, v [.., Hkv, D]: what the rank brings,
+    in the order of the tables' holdings. Collective: every rank of the layout calls it. Cached keys are in `prefix`, on
+    this rank, or in the holdings, or their part of the result is in `state`, which is written to. keep: called once
+    per stage; no more than two stages are held at once. watch: stages `attention` (copies of keys included) and
+    `transport`. Raises ConfigError when q, k, v, a prefix or the ring do not fit the layout, RingBroken past the
+    deadline.
     """
     _validate(q, k, v, tables, transport)
     requests, group = tables.layout.requests, q.shape[1] // k.shape[1]
-    cached = [cached_rows(prefix, request, own.start, k) for request, own in enumerate(requests)]
+    here = state is None and tables.holdings.residence is None
+    cached = [cached_rows(prefix, i, own.start, k) if here else (k[:0], v[:0]) for i, own in enumerate(requests)]
     mine = tables.layout.segments(transport.rank)
-    out, gathered = q.new_empty(q.shape), []
+    out = q.new_empty(q.shape) if state is None else state[0]
     for heads, kv in _stages(k, v, tables, transport, watch):
         q_heads = slice(heads.start * group, heads.stop * group)
         with watch("attention"):
@@ -88,18 +101,19 @@ def attend_gathered(
                 queries = own.rows[transport.rank]
                 if len(queries):
                     stop = int(queries[-1]) + 1  # no row looks beyond
-                    keys = _by_position(kv, tables.order[request][: stop - own.start], cached[request], heads)
-                    positions = tables.positions[request][:stop]
+                    order = tables.order[request][: stop - tables.first[request]]
+                    keys = _by_position(kv, order, cached[request], heads)
+                    positions = tables.positions[request][stop - len(keys[0]) : stop]
                     given = q[rows, q_heads], *keys, queries, positions
-                    out[rows, q_heads], _ = causal_attention(*given, scale=scale, backend=backend)
+                    partial = causal_attention(*given, scale=scale, backend=backend)
+                    if state is None:
+                        out[rows, q_heads] = partial[0]
+                    else:
+                        merge(out[rows, q_heads], state[1][q_heads, rows], *partial)
         if keep:
-            gathered.append(kv)
-    if keep:
-        for source, rows in enumerate(tables.sources):
             with watch("attention"):
-                keys, values = (torch.cat([kv[rows, side] for kv in gathered], dim=1) for side in range(2))
-            keep(Piece(source, keys, values))
-    return out
+                keep(heads, kv)
+    return out.to(q.dtype)
 
 
 def _stages(
@@ -131,7 +145,7 @@ def _post(
 
 
 def _by_position(kv: Tensor, order: Tensor, cached: tuple[Tensor, Tensor], heads: slice) -> tuple[Tensor, Tensor]:
-    """k, v [start + len(order), n, D] of one request, prefix first."""
+    """k, v [len(cached) + len(order), n, D] of one request, cached ones first."""
     k, v = kv.index_select(0, order).unbind(1)
     if not len(cached[0]):
         return k, v
@@ -139,11 +153,12 @@ def _by_position(kv: Tensor, order: Tensor, cached: tuple[Tensor, Tensor], heads
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, tables: GatherTables, transport: Transport) -> None:
-    layout = tables.layout
+    layout, rank = tables.layout, transport.rank
     if transport.size != layout.ranks:
         raise ConfigError(f"a ring of {transport.size} ranks", f"the layout's {layout.ranks}", "lay out for this ring")
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        expect_rows(name, tensor, layout.rows(transport.rank))
+    expect_rows("q", q, layout.rows(rank))
+    for name, tensor in (("k", k), ("v", v)):
+        expect_rows(name, tensor, tables.holdings.rows(rank))
     if k.shape != v.shape or q.shape[2] != k.shape[2] or not k.shape[1] or q.shape[1] % k.shape[1]:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise ConfigError(shapes, "q [T,Hq,D], k and v [T,Hkv,D], Hq a multiple of Hkv", "check the head split")

@@ -10,10 +10,13 @@ from sglang_mm.errors import ConfigError
 Prefix = Callable[[int], tuple[Tensor, Tensor] | None]
 """request -> its cached (k, v) [layout.start, Hkv, D], positions 0 .. start-1, or None where nothing is cached."""
 
+State = tuple[Tensor, Tensor]
+"""Partial results of this rank's rows over keys that a schedule does not see: out [T, Hq, D], lse [Hq, T]."""
+
 
 @dataclass(frozen=True)
 class Piece:
-    """The keys and values [T, Hkv, D] of the rows that rank `source` computes, in its row order. T may be 0."""
+    """The keys and values [T, Hkv, D] that rank `source` brings, in the order of its holdings. T may be 0."""
 
     source: int
     k: Tensor

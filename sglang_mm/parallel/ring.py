@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sglang_mm.errors import ConfigError
 from sglang_mm.kernels import causal_attention, empty_state, merge
-from sglang_mm.parallel.pieces import Piece, Prefix, cached_rows, expect_rows
+from sglang_mm.parallel.holdings import Holdings
+from sglang_mm.parallel.pieces import Piece, Prefix, State, cached_rows, expect_rows
 from sglang_mm.parallel.stopwatch import Watch, unwatched
 from sglang_mm.parallel.transport import Transport
 from sglang_mm.types import BatchLayout
@@ -24,14 +25,14 @@ def ring_pieces(
 ) -> Iterator[Piece]:
     """The own piece, then those of rank - 1, rank - 2, ...; each next one travels while the caller computes.
 
-    k, v [T, Hkv, D] of this rank's rows; rows: T of every rank. Ranks with T = 0 take part. Every rank must consume
+    k, v [T, Hkv, D] that this rank brings; rows: T of every rank. Ranks with T = 0 take part. Every rank must consume
     all pieces. watch: stage `transport`, the waits for pieces. Raises ConfigError when k, v do not have rows[rank]
     rows, RingBroken past the deadline.
     """
     size, rank = transport.size, transport.rank
     if len(rows) != size or k.shape != v.shape or len(k) != rows[rank]:
         given = f"rank {rank} of {size}: k {tuple(k.shape)}, v {tuple(v.shape)}, rows {list(rows)}"
-        raise ConfigError(given, "k and v alike, with rows[rank] rows", "take rows from the batch's layout")
+        raise ConfigError(given, "k and v alike, with rows[rank] rows", "take rows from the batch's holdings")
     piece = torch.stack([k, v])
     for hop in range(size):
         source = (rank - hop) % size
@@ -52,18 +53,22 @@ def attend_pieces(
     pieces: Iterable[Piece],
     *,
     scale: float,
+    holdings: Holdings | None = None,
     prefix: Prefix | None = None,
+    state: State | None = None,
     backend: str = "auto",
     watch: Watch = unwatched,
 ) -> Tensor:
-    """Dense causal attention of this rank's rows over the cached prefixes and all pieces: out [Tq, Hq, D], q's dtype.
+    """Dense causal attention of this rank's rows over their prompts' cached keys and all pieces: out [Tq, Hq, D] as q.
 
     q [Tq, Hq, D]: the rank's rows of all requests, in layout order. Partial results are merged in fp32 (fp64 for fp64).
-    watch: stage `attention`, its merges included. Raises ConfigError when q, a piece or a prefix does not have the
-    rows that the layout says.
+    holdings: what the pieces hold, by default the new rows' keys alone. Cached keys are in `prefix`, on this rank, or
+    in the pieces, or their part of the result is in `state`, which is written to. watch: stage `attention`, its merges
+    included. Raises ConfigError when q, a piece or a prefix does not have the rows that layout and holdings say.
     """
     expect_rows("q", q, layout.rows(rank))
-    out, lse = empty_state(q)
+    holdings = holdings or Holdings(layout)
+    out, lse = state or empty_state(q)
     mine = layout.segments(rank)
 
     def attend(request: int, k: Tensor, v: Tensor, positions: Tensor) -> None:
@@ -73,11 +78,12 @@ def attend_pieces(
                 partial = causal_attention(q[rows], k, v, queries, positions, scale=scale, backend=backend)
                 merge(out[rows], lse[:, rows], *partial)
 
-    for request, start in enumerate(layout.start for layout in layout.requests):
-        attend(request, *cached_rows(prefix, request, start, q), torch.arange(start))
+    if state is None and holdings.residence is None:
+        for request, start in enumerate(layout.start for layout in layout.requests):
+            attend(request, *cached_rows(prefix, request, start, q), torch.arange(start))
     for piece in pieces:
-        expect_rows(f"piece of rank {piece.source}", piece.k, layout.rows(piece.source))
-        for request, theirs in enumerate(layout.segments(piece.source)):
-            positions = layout.requests[request].rows[piece.source]
+        expect_rows(f"piece of rank {piece.source}", piece.k, holdings.rows(piece.source))
+        for request, theirs in enumerate(holdings.segments(piece.source)):
+            positions = holdings.positions(piece.source, request)
             attend(request, piece.k[theirs], piece.v[theirs], positions)
     return out.to(q.dtype)

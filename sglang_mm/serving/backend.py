@@ -1,22 +1,21 @@
 """The prefill attention backend `mm_ring`: SGLang tensors in, sharded attention, SGLang tensors out.
 
-A batch without a plan (short, or of a kind that is not sharded) takes SGLang's own backend, which is also the one
-that decodes: K/V are replicated while they pass, so every stock decode backend works.
+A batch without a plan (short, or of a kind that is not sharded) goes to the backend that also decodes: SGLang's own
+where each rank keeps all K/V, `mm_paged` where they share them.
 """
-
-from collections.abc import Callable, Iterator
 
 import torch
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 
+from sglang_mm.kernels.paged import PageTable, paged_attention
 from sglang_mm.parallel.gather import attend_gathered
-from sglang_mm.parallel.pieces import Piece
+from sglang_mm.parallel.pass_q import attend_resting
 from sglang_mm.parallel.ring import attend_pieces, ring_pieces
 from sglang_mm.serving.plan import ATTRIBUTE, PrefillPlan
 
-Keep = Callable[[Piece], None]
+KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
 class RingAttentionBackend(AttentionBackend):
@@ -46,47 +45,82 @@ class RingAttentionBackend(AttentionBackend):
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
         v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
-        attend = self._gathered if plan.schedule == "gather" else self._ring
         given = {"scale": layer.scaling, "watch": plan.sight.watch}
-        given["prefix"] = lambda request: self._cached_prefix(request, layer, forward_batch)
-        keep = (lambda piece: self._write(piece, plan, layer, forward_batch)) if save_kv_cache else None
-        out = attend(q, k, v, plan, keep, given)
+        if plan.cached == "here":
+            given["prefix"] = lambda request: self._cached(request, layer, plan)
+        elif plan.cached == "keys":
+            k, v = self._joined(k, v, layer, plan)
+        elif plan.cached == "queries":
+            given["state"] = self._asked_where_keys_rest(q, layer, plan, forward_batch)
+        attend = self._gathered if plan.schedule == "gather" else self._ring
+        out = attend(q, k, v, plan, layer, save_kv_cache, given)
         plan.sight.layer_done(layer.layer_id)
         return out.reshape(out.shape[0], -1)
 
-    def _ring(self, q, k, v, plan: PrefillPlan, keep: Keep | None, given: dict) -> torch.Tensor:
-        pieces = ring_pieces(k, v, plan.rows_per_rank, plan.transport, watch=plan.sight.watch)
-        return attend_pieces(q, plan.layout, plan.rank, _kept(pieces, keep) if keep else pieces, **given)
+    def _ring(self, q, k, v, plan: PrefillPlan, layer, keep: bool, given: dict) -> torch.Tensor:
+        pieces = ring_pieces(k, v, plan.holdings.counts, plan.transport, watch=plan.sight.watch)
+        if keep:
+            pieces = self._kept(pieces, plan, layer)
+        return attend_pieces(q, plan.layout, plan.rank, pieces, holdings=plan.holdings, **given)
 
-    def _gathered(self, q, k, v, plan: PrefillPlan, keep: Keep | None, given: dict) -> torch.Tensor:
-        return attend_gathered(q, k, v, plan.gather_tables, plan.transport, keep=keep, **given)
+    def _kept(self, pieces, plan: PrefillPlan, layer):
+        """The pieces; of each, as it passes, this rank keeps the keys that shall rest with it."""
+        for piece in pieces:
+            rows, where = plan.resting.new(piece.source)
+            self._write(layer, where, piece.k[rows], piece.v[rows])
+            yield piece
 
-    def _write(self, piece: Piece, plan: PrefillPlan, layer, forward_batch) -> None:
-        """Put a piece into this rank's K/V pool, at the slots the scheduler gave all ranks alike."""
-        slots = forward_batch.out_cache_loc[plan.flat_by_rank[piece.source]]
-        where = KVWriteLoc(slots, physical=forward_batch.out_cache_loc_is_physical)
-        self.token_to_kv_pool.set_kv_buffer(layer, where, piece.k, piece.v)
+    def _gathered(self, q, k, v, plan: PrefillPlan, layer, keep: bool, given: dict) -> torch.Tensor:
+        rows, where = plan.resting.gathered
 
-    def _cached_prefix(self, request: int, layer, forward_batch) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """K and V [prefix, Hkv, D] of the tokens a request found in the cache, which every rank holds."""
-        length = forward_batch.extend_prefix_lens_cpu[request]
-        if not length:
-            return None
-        row = forward_batch.req_pool_indices[request : request + 1]  # a number would make the host wait
-        slots = self.req_to_token_pool.req_to_token[row, :length][0]
-        pool = self.token_to_kv_pool
-        return pool.get_key_buffer(layer.layer_id)[slots], pool.get_value_buffer(layer.layer_id)[slots]
+        def put_away(heads: slice, kv: torch.Tensor) -> None:
+            for side, buffer in enumerate(self._buffers(layer)):
+                buffer[:, heads][where] = kv[rows, side]
 
+        if keep:
+            given["keep"] = put_away
+        return attend_gathered(q, k, v, plan.gather_tables, plan.transport, **given)
 
-def _kept(pieces: Iterator[Piece], keep: Keep) -> Iterator[Piece]:
-    """The pieces, each kept as it passes."""
-    for piece in pieces:
-        keep(piece)
-        yield piece
+    def _write(self, layer, where: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """where: rows of this rank's buffers."""
+        target = KVWriteLoc(where, physical=True)
+        MHATokenToKVPool.set_kv_buffer(self.token_to_kv_pool, layer, target, k, v)
+
+    def _buffers(self, layer) -> KeysAndValues:
+        return self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+
+    def _cached(self, request: int, layer, plan: PrefillPlan) -> KeysAndValues:
+        """K and V [n, Hkv, D] of the request's cached keys that rest on this rank, by position."""
+        rows = plan.resting.cached(request, self.req_to_token_pool.req_to_token)
+        k, v = self._buffers(layer)
+        return k[rows], v[rows]
+
+    def _joined(self, k, v, layer, plan: PrefillPlan) -> KeysAndValues:
+        """What this rank brings, as plan.holdings says: per request its resting keys, then the new ones."""
+        parts = []
+        for request, new in enumerate(plan.layout.segments(plan.rank)):
+            parts += [self._cached(request, layer, plan), (k[new], v[new])]
+        return tuple(torch.cat(side) for side in zip(*parts))
+
+    def _asked_where_keys_rest(self, q, layer, plan: PrefillPlan, forward_batch) -> KeysAndValues:
+        """State of this rank's rows over all cached keys: queries travel."""
+        table = PageTable(
+            slots=self.req_to_token_pool.req_to_token,
+            rows=forward_batch.req_pool_indices,
+            lengths=forward_batch.extend_prefix_lens,
+            lengths_cpu=forward_batch.extend_prefix_lens_cpu,
+            residence=plan.residence,
+        )
+
+        def attend_here(queries: torch.Tensor, source: int) -> KeysAndValues:
+            pools, ptr = self._buffers(layer), plan.first_rows(source)
+            return paged_attention(queries, *pools, table, scale=layer.scaling, queries_ptr=ptr)
+
+        return attend_resting(q, plan.rows_per_rank, plan.transport, attend_here, watch=plan.sight.watch)
 
 
 def stock_backend_name(runner) -> str:
-    """SGLang's decode backend on this device also serves what is not sharded."""
+    """The decode backend on this device also serves what is not sharded."""
     from sglang.srt.model_executor.model_runner_components.attention_backend_setup import attention_backends
 
     return attention_backends()[1]

@@ -5,9 +5,9 @@ tensor-parallel world, so its layers are those of a single T-way replica; `forwa
 own rows, and the attention backend brings the keys of the others.
 """
 
-import copy
 import logging
 from contextlib import nullcontext
+from functools import wraps
 
 import torch
 from sglang.srt.distributed.parallel_state import patch_tensor_parallel_group
@@ -16,13 +16,17 @@ from sglang.srt.runtime_context import get_parallel
 
 from sglang_mm.config import Config
 from sglang_mm.parallel.distributed import DistributedTransport
+from sglang_mm.serving import agreement
 from sglang_mm.serving.embed import embed_rows
+from sglang_mm.serving.kv_pool import residence_of
+from sglang_mm.serving.logits import logits_of
 from sglang_mm.serving.media import UnreadableMedia
 from sglang_mm.serving.plan import ATTRIBUTE, PrefillPlan, plan_prefill, reason_for_stock
 from sglang_mm.serving.record import KEY, ChunkLog, FallbackLog, sharded_records, stock_records
 from sglang_mm.serving.schedule import ScheduleChoice
 from sglang_mm.serving.sight import progress_of
 
+ROWS_AT_ONCE = 16384  # in the feed-forward layers
 logger = logging.getLogger(__name__)
 
 
@@ -35,12 +39,17 @@ class ContextParallelMixin:
         object.__setattr__(self, "mm_config", Config.from_env() or Config())
         group = parallel.attn_cp_group if self.mm_config.cp > 1 else None
         object.__setattr__(self, "mm_transport", self._transport(group))
+        rank = self.mm_transport.rank if self.mm_transport else 0
+        object.__setattr__(self, "mm_residence", residence_of(self.mm_config, rank))
+        agreement.join(self.mm_transport)
         object.__setattr__(self, "mm_schedules", ScheduleChoice(self.mm_config, self.mm_transport))
         object.__setattr__(self, "mm_fallbacks", FallbackLog())
         object.__setattr__(self, "mm_chunks", ChunkLog())
         object.__setattr__(self, "mm_tp_group", parallel.attn_tp_group)
         with self.narrowed():
             super().__init__(*args, **kwargs)
+        for layer in self.model.layers:
+            layer.mlp.forward = in_slices(layer.mlp.forward)
 
     def _transport(self, group) -> DistributedTransport | None:
         if group is None:
@@ -73,6 +82,8 @@ class ContextParallelMixin:
                     output = super().forward(input_ids, positions, forward_batch, *args, **kwargs)
                     records = self.mm_chunks.join(forward_batch, records)
                     progress.records = dict(zip(forward_batch.rids or [], records))
+        if records and (differing := agreement.differing_tokens()):
+            records[0]["differing_tokens"] = differing
         if hasattr(output, "customized_info"):
             output.customized_info = {**(output.customized_info or {}), KEY: records}
         return output
@@ -103,9 +114,7 @@ class ContextParallelMixin:
             embeds = embed_rows(self, plan, input_ids, forward_batch)
             hidden = self._run_decoder(embeds, forward_batch, plan)
             with plan.sight.stage("logits"):
-                wanted, scored = wanted_rows(forward_batch)
-                rows = gather_rows(hidden, plan, wanted)
-                output = self.logits_processor(input_ids, rows, self.lm_head, scored)
+                output = logits_of(self, hidden, plan, input_ids, forward_batch)
             records = sharded_records(plan, forward_batch, vision=self.mm_config.vision)
             records = self.mm_chunks.join(forward_batch, records)
             plan.sight.progress.records = dict(zip(forward_batch.rids or [], records))
@@ -122,45 +131,21 @@ class ContextParallelMixin:
             delattr(forward_batch, ATTRIBUTE)
 
 
-def wanted_rows(forward_batch) -> tuple[torch.Tensor, object]:
-    """Rows of the flat batch whose logits are asked for, and a batch that holds only them.
+def in_slices(feed_forward, most_rows: int = ROWS_AT_ONCE):
+    """feed_forward(rows [t, H], ...) -> [t, H], which works row by row, in calls of bounded size.
 
-    Without input log-probabilities: the last row of each request. With them: the rows from the asked start on (at
-    least the last one), in the order SGLang's logits processor prunes to, so that it finds them already pruned.
+    Its inner values are five times as wide as a row: for a long prompt they would be the largest thing on a rank, twice
+    the K/V that it keeps.
     """
-    lengths = forward_batch.extend_seq_lens_cpu
-    starts = [n - 1 for n in lengths]
-    pruned_starts = None
-    if forward_batch.return_logprob:
-        asked = forward_batch.extend_logprob_start_lens_cpu
-        starts = [min(start, n - 1) for start, n in zip(asked, lengths)]
-        pruned_starts = [1 if start == n else 0 for start, n in zip(asked, lengths)]
-    kept = [n - start for start, n in zip(starts, lengths)]
-    offsets = torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist()
-    rows = torch.cat([torch.arange(o + start, o + n) for o, start, n in zip(offsets, starts, lengths)])
-    scored = copy.copy(forward_batch)
-    scored.extend_seq_lens = torch.tensor(kept, dtype=torch.int32, device=forward_batch.extend_seq_lens.device)
-    scored.extend_seq_lens_cpu = kept
-    scored.extend_logprob_start_lens_cpu = pruned_starts
-    return rows, scored
 
+    @wraps(feed_forward)
+    def sliced(rows: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if len(rows) <= most_rows:
+            return feed_forward(rows, *args, **kwargs)
+        out = torch.empty_like(rows)
+        for first in range(0, len(rows), most_rows):
+            few = slice(first, first + most_rows)
+            out[few] = feed_forward(rows[few], *args, **kwargs)
+        return out
 
-def gather_rows(hidden: torch.Tensor, plan: PrefillPlan, wanted: torch.Tensor) -> torch.Tensor:
-    """Flat-batch rows `wanted` [n] of the sharded hidden state [t, H], equal bit for bit on every rank: [n, H].
-
-    Each rank sends the rows it owns. The host waits for them: here a prefill ends, or breaks past the deadline.
-    """
-    place_of = torch.full((sum(plan.rows_per_rank),), -1)
-    place_of[wanted] = torch.arange(len(wanted))
-    places, mine = [], None
-    for rank in range(plan.transport.size):
-        flat = plan.layout.flat(rank)
-        found = place_of[flat]
-        places.append(found[found >= 0])
-        if rank == plan.rank:
-            mine = hidden[(found >= 0).to(hidden.device)]
-    sizes = [len(found) for found in places]
-    parts = plan.transport.all_to_all([mine] * len(sizes), sizes, "gather of the asked rows", host=True, kind="rows")
-    gathered = hidden.new_empty(len(wanted), hidden.shape[1])
-    gathered[torch.cat(places).to(hidden.device)] = torch.cat(parts)
-    return gathered
+    return sliced

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from sglang_mm.serving.media import MediaSource
 from sglang_mm.serving.plan import PrefillPlan
 from sglang_mm.types import Frame
 
@@ -46,10 +47,22 @@ def _run_tower(model, plan: PrefillPlan, frames: list[tuple[int, Frame]], like: 
     """Embeddings [frame.length, H] of one (request, frame) after another, from calls of bounded size."""
     for batch in _batches(plan, frames):
         sources = [plan.sources[request][frame.item] for request, frame in batch]
-        pixels = torch.cat([source.rows(frame.index, frame.length) for source, (_, frame) in zip(sources, batch)])
+        own = [(source, frame.index) for source, (_, frame) in zip(sources, batch)]
         grid = torch.tensor([[1, source.h, source.w] for source in sources])
-        encoded = model.visual(pixels.to(device=like.device, dtype=model.visual.dtype), grid_thw=grid).to(like)
+        encoded = model.visual(_pixels(own, like.device, model.visual.dtype), grid_thw=grid).to(like)
         yield from encoded.split([frame.length for _, frame in batch])
+
+
+def _pixels(frames: list[tuple[MediaSource, int]], device, dtype: torch.dtype) -> torch.Tensor:
+    """[patches, width] of (source, number of its frame) one behind the other, read and scaled frame by frame."""
+    whole, at = None, 0
+    for source, index in frames:
+        pixels = source.pixels(index, device, dtype)
+        if whole is None:
+            whole = pixels.new_empty(sum(other.h * other.w for other, _ in frames), pixels.shape[1])
+        whole[at : at + len(pixels)] = pixels
+        at += len(pixels)
+    return whole
 
 
 def _batches(plan: PrefillPlan, frames: list[tuple[int, Frame]]) -> Iterator[list[tuple[int, Frame]]]:

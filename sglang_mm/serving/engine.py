@@ -14,7 +14,7 @@ with environment(Config()):  # SGLang decides at import which platform it is on
     from sglang.srt.entrypoints import engine as stock
     from sglang.srt.server_args import ServerArgs
 
-    from sglang_mm.serving import requests
+    from sglang_mm.serving import requests, storing
 
 
 class Engine(stock.Engine):
@@ -32,14 +32,16 @@ class Engine(stock.Engine):
         tp: int | None = None,
         cp: int = 1,
         schedule: str = "auto",
+        kv: str = "sharded",
         cp_min_tokens: int = 512,
         vision: str = "frames",
         deadline_s: float = 600.0,
         allow_local_media: Sequence[str] = (),
+        media_dir: str = "",
         **sglang_args,
     ):
         tp = sglang_args.pop("tp_size", 1) if tp is None else tp
-        self.mm_config = Config(tp, cp, schedule, cp_min_tokens, vision, deadline_s, allow_local_media)
+        self.mm_config = Config(tp, cp, schedule, kv, cp_min_tokens, vision, deadline_s, allow_local_media, media_dir)
         if "server_args" in sglang_args:
             raise ConfigError("server_args=...", "ServerArgs' fields as keywords", "pass Engine(**fields)")
         with environment(self.mm_config) as on_cpu:
@@ -48,12 +50,14 @@ class Engine(stock.Engine):
             check_launch(self.mm_config, asked, on_cpu=on_cpu)
             media_access.allow(self.mm_config.allow_local_media or (media_access.ANYWHERE,))
             must, may = server_settings(self.mm_config, on_cpu=on_cpu)
+            self.mm_pixels = storing.open_store(self.mm_config, asked)
             self.mm_hub = EventHub()
-            os.environ.update(self.mm_hub.environment)
+            os.environ.update(self.mm_hub.environment | self.mm_pixels.environment)
             requests.show(self.mm_hub)
             try:
                 super().__init__(**(may | sglang_args | must))
             except BaseException:
+                self.mm_pixels.close()
                 self.mm_hub.close()
                 raise
 
@@ -67,4 +71,5 @@ class Engine(stock.Engine):
             super().shutdown()
         finally:
             requests.hide(self.mm_hub)
+            self.mm_pixels.close()
             self.mm_hub.close()

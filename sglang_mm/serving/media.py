@@ -6,17 +6,19 @@ import torch
 
 from sglang_mm.errors import SglangMMError
 from sglang_mm.modality import MediaSpan
+from sglang_mm.pixels import StoredPatches
 
 
 @dataclass(frozen=True)
 class MediaSource:
     """Where the pixels of one MediaSpan are: rows [first_row, first_row + frames * h * w) of `feature`.
 
-    feature: [patches, channels * temporal_patch * patch * patch], any float dtype; or, when the client sent
-    embeddings, `embeddings` [tokens, hidden] and first_row counts tokens. h, w: patches of a frame.
+    feature: [patches, channels * temporal_patch * patch * patch], any float dtype, or a handle to stored bytes, of
+    which only what is asked for is read; or, when the client sent embeddings, `embeddings` [tokens, hidden] and
+    first_row counts tokens. h, w: patches of a frame.
     """
 
-    feature: torch.Tensor | None
+    feature: torch.Tensor | StoredPatches | None
     embeddings: torch.Tensor | None
     first_row: int
     h: int
@@ -27,9 +29,15 @@ class MediaSource:
         if self.embeddings is not None:
             low = self.first_row + index * tokens
             return self.embeddings[low : low + tokens]
-        patches = self.h * self.w
-        low = self.first_row + index * patches
-        return self.feature[low : low + patches]
+        return self.pixels(index)
+
+    def pixels(self, index: int, device=None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Floats [h * w, channels * temporal_patch * patch * patch] of frame `index`."""
+        low = self.first_row + index * self.h * self.w
+        high = low + self.h * self.w
+        if isinstance(self.feature, StoredPatches):
+            return self.feature.pixels(low, high, device, dtype)
+        return self.feature[low:high].to(device=device, dtype=dtype)
 
 
 class UnreadableMedia(SglangMMError):
@@ -49,7 +57,8 @@ def read_media(mm_inputs, merge: int, patch: int) -> tuple[list[MediaSpan], list
 
     mm_inputs: SGLang's MultimodalInputs; offsets in it are inclusive and absolute. merge: spatial merge size, so
     that a frame of h x w patches has h * w / merge**2 tokens. patch: values of one patch.
-    Raises UnreadableMedia when grids, placeholder tokens and pixels disagree, or pixels are not in host tensors.
+    Raises UnreadableMedia when grids, placeholder tokens and pixels disagree, or pixels are neither stored nor in host
+    tensors.
     """
     found = []
     for item in mm_inputs.mm_items if mm_inputs is not None else ():
@@ -64,8 +73,9 @@ def _read_item(item, merge: int, patch: int) -> list[tuple[int, int, int, str, M
     modality = "video" if item.is_video() else "image"
     grid = item.model_specific_data.get(f"{modality}_grid_thw")
     rows = item.feature if item.precomputed_embeddings is None else item.precomputed_embeddings
-    if grid is None or item.offsets is None or not isinstance(rows, torch.Tensor) or rows.is_cuda:
-        raise UnreadableMedia(f"a {modality} without a grid or a marker, or not in a host tensor")
+    at_hand = isinstance(rows, StoredPatches) or (isinstance(rows, torch.Tensor) and not rows.is_cuda)
+    if grid is None or item.offsets is None or not at_hand:
+        raise UnreadableMedia(f"a {modality} without a grid or a marker, or neither stored nor in a host tensor")
     found, row, is_pixels = [], 0, item.precomputed_embeddings is None
     grids = torch.as_tensor(grid).reshape(-1, 3).tolist()
     if len(grids) != len(item.offsets):

@@ -7,6 +7,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Modality, MultimodalInputFormat
 from sglang.srt.utils.common import CLIENT_MEDIA_EXCEPTIONS
 
+from sglang_mm.pixels import NoRoom, PixelsGone, StoredPatches
 from sglang_mm.serving.media_access import RequestError, a, shown
 
 TIMEOUT = "REQUEST_TIMEOUT"  # SGLang's variable: seconds for one download
@@ -64,7 +65,7 @@ def _count(number: int, noun: str) -> str:
 
 def unreadable(medium, kind: str, error: BaseException) -> BaseException:
     """What to raise for a medium that could not be loaded or decoded, and why."""
-    if isinstance(error, RequestError | MemoryError | ImportError):
+    if isinstance(error, RequestError | MemoryError | ImportError | NoRoom | PixelsGone):
         return error  # not the client's doing, or told already
     said, allowed, remedy = _in_words(error), f"{a(kind)} that can be decoded", "check the file, or encode it again"
     if isinstance(error, NETWORK) and "Timeout" in type(error).__name__:
@@ -145,12 +146,13 @@ def _check_data(item, kind: str, pixels: tuple[int, int], embeddings: tuple[int,
     """A finite float tensor of the shape of pixels, or of embeddings where the client made those."""
     embedded = item.precomputed_embeddings is not None or item.format == MultimodalInputFormat.PRECOMPUTED_EMBEDDING
     rows = item.precomputed_embeddings if item.precomputed_embeddings is not None else item.feature
-    if not isinstance(rows, torch.Tensor) or not rows.is_floating_point():
+    stored = isinstance(rows, StoredPatches)  # the server's own, which stands for floats
+    if not stored and not (isinstance(rows, torch.Tensor) and rows.is_floating_point()):
         raise _disagree(f"{kind} data that is a {getattr(rows, 'dtype', type(rows).__name__)}")
     expected = embeddings if embedded else pixels
     if tuple(rows.shape) != expected:
         raise _disagree(f"{kind} data of shape {tuple(rows.shape)} where {expected} is due")
-    if not torch.isfinite(rows).all():
+    if not stored and not torch.isfinite(rows).all():
         raise _disagree(f"{kind} data with values that are not finite")
 
 

@@ -28,6 +28,7 @@ class Metrics:
         self.sent = Counter(
             "sglang_mm_bytes_sent", "Bytes that the ranks of the first ring sent to each other.", ["kind"]
         )
+        self.differing = Counter("sglang_mm_differing_tokens", "Sampled tokens on which replicas had to settle.")
         self.prefill = Histogram(
             "sglang_mm_prefill_seconds", "Seconds of a prefill on its slowest rank.", ["schedule"], buckets=BUCKETS
         )
@@ -52,6 +53,7 @@ class Metrics:
         for modality, count in (record.get("tokens") or {"any": record.get("new_tokens", 0)}).items():
             self.tokens.labels(modality, "new").inc(count)
         self.tokens.labels("any", "cached").inc(record.get("cached_tokens", 0))
+        self.differing.inc(record.get("differing_tokens", 0))
         for kind, sent in record.get("bytes_sent", {}).items():
             self.sent.labels(kind).inc(sum(sent) * share)
         if total := seconds.get("total"):

@@ -13,28 +13,37 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang_mm.config import Config
 from sglang_mm.modality import frames_of, runs_of
 from sglang_mm.parallel.gather import GatherTables
+from sglang_mm.parallel.holdings import Holdings
 from sglang_mm.parallel.layout import make_layout
 from sglang_mm.parallel.transport import Transport
 from sglang_mm.parallel.vision import EmbeddingExchange, plan_exchange
 from sglang_mm.serving.kept_frames import KeptFrames
 from sglang_mm.serving.media import MediaSource, read_batch
+from sglang_mm.serving.resting import Resting
 from sglang_mm.serving.schedule import ScheduleChoice
 from sglang_mm.serving.sight import Sight, progress_of, tokens_of_batch
-from sglang_mm.types import BatchLayout, Frame, digest64
+from sglang_mm.types import BatchLayout, Frame, Residence, digest64
 
 ATTRIBUTE = "sglang_mm_plan"  # on SGLang's ForwardBatch, read by the attention backend
 
 
 @dataclass(frozen=True, eq=False)
 class PrefillPlan:
-    """layout: which rank computes which row. exchange: which rank encodes which frame, and the way of its tokens.
+    """layout: which rank computes which row. holdings: which keys each rank brings. resting: where keys rest.
 
-    sources[request][item]: where the pixels of a media item are. kept: per request, what its earlier chunks encoded.
-    tokens: per request, the new ones by modality. schedule: `ring` or `gather`. predicted: seconds by schedule, where
-    they decided. sight: what is shown of it. new_frames: per rank, how many frames meet the vision tower.
+    cached: how rows meet the keys of their prefixes: `none` are cached, they are `here`, on every rank, or `keys`
+    travel with the new ones, or `queries` travel to them. exchange: which rank encodes which frame, and the way of its
+    tokens. sources[request][item]: where the pixels of a media item are. kept: per request, what its earlier chunks
+    encoded. tokens: per request, the new ones by modality. schedule: `ring` or `gather`. predicted: seconds by
+    schedule, where they decided. sight: what is shown of it. flat_by_rank: indices of a rank's rows in the flat batch,
+    int64 on the device. new_frames: per rank, how many frames meet the vision tower.
     """
 
     layout: BatchLayout
+    holdings: Holdings
+    residence: Residence
+    resting: Resting
+    cached: str
     exchange: EmbeddingExchange
     sources: list[list[MediaSource]]
     kept: list[KeptFrames]
@@ -44,12 +53,10 @@ class PrefillPlan:
     sight: Sight
     transport: Transport
     device: torch.device
-    flat_by_rank: list[torch.Tensor] = field(init=False)
+    flat_by_rank: list[torch.Tensor]
     new_frames: list[int] = field(init=False)
 
     def __post_init__(self):
-        flat = [self.layout.flat(r).to(self.device) for r in range(self.transport.size)]
-        object.__setattr__(self, "flat_by_rank", flat)
         object.__setattr__(self, "new_frames", [sum(map(self._is_new, own)) for own in self.exchange.encode])
 
     @property
@@ -67,7 +74,18 @@ class PrefillPlan:
 
     @cached_property
     def gather_tables(self) -> GatherTables:
-        return GatherTables(self.layout, self.device)
+        return GatherTables(self.layout, self.device, self.holdings)
+
+    def first_rows(self, rank: int) -> torch.Tensor:
+        """int64 [requests + 1] on the device: where the rows of each request begin among the rank's, and their end."""
+        if rank not in self._first_rows:
+            stops = [segment.stop for segment in self.layout.segments(rank)]
+            self._first_rows[rank] = torch.tensor([0, *stops], device=self.device)
+        return self._first_rows[rank]
+
+    @cached_property
+    def _first_rows(self) -> dict[int, torch.Tensor]:
+        return {}
 
     def request_rows(self, request: int) -> list[int]:
         """Rows of one request on every rank."""
@@ -143,13 +161,21 @@ def plan_prefill(forward_batch, model, transport: Transport, schedules: Schedule
     layout = BatchLayout(tuple(layouts))
     kept = [KeptFrames.of(mm_inputs) for mm_inputs in forward_batch.mm_inputs or [None] * len(layouts)]
     exchange = plan_exchange(frames, layout, [frames.holder for frames in kept])
-    schedule, predicted = schedules.choose(layout, model.model)
+    residence, device = model.mm_residence, forward_batch.input_ids.device
+    cached = schedules.way_to_cached(layout, residence, model.model)
+    holdings = Holdings(layout, residence if cached == "keys" else None)
+    schedule, predicted = schedules.choose(layout, model.model, holdings, done_before=cached == "queries")
+    flat = [layout.flat(r).to(device) for r in range(transport.size)]
     transport.meter.take()
-    digests = [layout.digest(), exchange.digest(), digest64(schedule.encode())]
-    transport.check_equal(digest64(digests), "prefill plan")
+    words = ",".join([schedule, cached, str(residence.ranks), str(residence.page)])
+    transport.check_equal(digest64([layout.digest(), exchange.digest(), words]), "prefill plan")
     progress = progress_of(forward_batch, transport.rank, transport.size, len(model.model.layers), schedule, chunk)
     return PrefillPlan(
         layout=layout,
+        holdings=holdings,
+        residence=residence,
+        resting=Resting(forward_batch, layout, holdings, residence, flat),
+        cached=cached,
         exchange=exchange,
         sources=[sources for _, sources in media],
         kept=kept,
@@ -158,5 +184,6 @@ def plan_prefill(forward_batch, model, transport: Transport, schedules: Schedule
         predicted=predicted,
         sight=Sight(progress, transport),
         transport=transport,
-        device=forward_batch.input_ids.device,
+        device=device,
+        flat_by_rank=flat,
     )

@@ -37,6 +37,12 @@ def align_to_model_replica(original, model_config, load_config, tp_size):
     return original(model_config, load_config, get_parallel().attn_tp_size)
 
 
+def last_slots(original, req_to_token, req_pool_indices, prefix_lens):
+    """Slot of each request's last cached token, or -1. SGLang asks Triton for it, but for its own CPU backend."""
+    last = req_to_token[req_pool_indices, (prefix_lens - 1).clamp(min=0)]
+    return torch.where(prefix_lens > 0, last, torch.full_like(prefix_lens, -1))
+
+
 def segmented_vision_attention(original, self, q, k, v, bsz, cu_seqlens=None, attention_mask=None, **kwargs):
     """Attention inside each segment, [s, h, d] -> [s, h, d], in memory of one segment.
 

@@ -6,13 +6,14 @@ Nothing happens in a process that our launcher did not configure.
 import os
 
 from sglang_mm.config import Config
-from sglang_mm.serving.settings import PREFILL_BACKEND
+from sglang_mm.serving.settings import DECODE_BACKEND, PREFILL_BACKEND
 
 MODELS = "sglang_mm.serving.models"
 HOOKS = {  # below sglang.srt: what runs after it, in every process
     "managers.scheduler.Scheduler.get_init_info": "selfcheck.describe_worker",
     "managers.tokenizer_manager.TokenizerManager.update_request_meta_info": "requests.remember",
     "model_executor.forward_batch_info.ForwardBatch.init_new": "record.note_chunks",
+    "model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size": "kv_pool.bytes_of_token",
 }
 AROUND_HOOKS = {  # below sglang.srt: what runs around it, in every process
     "managers.tokenizer_manager.TokenizerManager._tokenize_one_request": "frontend.tokenize",
@@ -23,10 +24,13 @@ AROUND_HOOKS = {  # below sglang.srt: what runs around it, in every process
     "managers.io_struct.GenerateReqInput.normalize_batch_and_arguments": "intake.admit_fields",
     "managers.tokenizer_manager.TokenizerManager._validate_mm_limits": "intake.admit_media",
     "managers.tokenizer_manager.TokenizerManager._validate_one_request": "intake.admit_prompt",
+    "mem_cache.kv_cache_configurator.KVCacheConfigurator._resolve_kv_pool_class": "kv_pool.pool_class",
+    "layers.sampler.Sampler._sync_token_ids_across_tp": "agreement.settle",
 }
 CPU_HOOKS = {  # below sglang.srt: what runs around it, where there is no accelerator
     "model_executor.model_runner.adjust_config_with_unaligned_cpu_tp": "platform.align_to_model_replica",
     "layers.attention.vision.VisionSdpaAttention.forward": "platform.segmented_vision_attention",
+    "mem_cache.allocation.get_last_loc": "platform.last_slots",
 }
 
 
@@ -46,7 +50,8 @@ def activate() -> None:
     if os.environ.get("SGLANG_EXTERNAL_MODEL_PACKAGE") != MODELS:
         ModelRegistry.register(MODELS, overwrite=True)
     register_attention_backend(PREFILL_BACKEND)(_ring_backend)
-    add_attention_backend_choices([PREFILL_BACKEND])
+    register_attention_backend(DECODE_BACKEND)(_paged_backend)
+    add_attention_backend_choices([PREFILL_BACKEND, DECODE_BACKEND])
     for target, hook in HOOKS.items():
         HookRegistry.register(f"sglang.srt.{target}", resolve_name(f"sglang_mm.serving.{hook}"), HookType.AFTER)
     for target, hook in AROUND_HOOKS.items():
@@ -62,3 +67,9 @@ def _ring_backend(runner):
     from sglang_mm.serving.backend import RingAttentionBackend
 
     return RingAttentionBackend(runner)
+
+
+def _paged_backend(runner):
+    from sglang_mm.serving.paged_backend import PagedAttentionBackend
+
+    return PagedAttentionBackend(runner)

@@ -28,9 +28,6 @@ def environment(config: Config) -> Iterator[bool]:
     # SGLang then imports its own two hundred models only if ours is not the one asked for
     os.environ.setdefault("SGLANG_EXTERNAL_MODEL_PACKAGE", MODELS)
     os.environ["SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE"] = PROCESSORS
-    if config.cp > 1 and not on_cpu:
-        # replicas sample the same token from the same logits; should they not, SGLang settles on one (by NCCL)
-        os.environ.setdefault("SYNC_TOKEN_IDS_ACROSS_TP", "1")
     if on_cpu:
         os.environ.setdefault(
             "SGLANG_CPU_OMP_THREADS_BIND", bind_cores(config.world_size, sorted(os.sched_getaffinity(0)))

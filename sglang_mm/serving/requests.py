@@ -63,7 +63,8 @@ def _count(record: dict, first: bool) -> None:
     if first:
         _totals["requests"][record["schedule"]] += 1
     _totals["fallbacks"].update(record.get("fallbacks", ()))
-    _totals["tokens"].update({"new": record.get("new_tokens", 0), "cached": record.get("cached_tokens", 0)})
+    counted = {"new": "new_tokens", "cached": "cached_tokens", "differing": "differing_tokens"}
+    _totals["tokens"].update({name: record.get(key, 0) for name, key in counted.items()})
     batch, sent = record.get("batch", 1), record.get("bytes_sent", {})  # bytes are those of the whole batch
     _totals["bytes_sent"].update({kind: round(sum(each) / batch) for kind, each in sent.items()})
 
@@ -78,6 +79,8 @@ def line(rid: str, record: dict) -> str:
         f"request {rid if rid.isprintable() else repr(rid)}: {record['schedule']} on {record['ranks']} ranks",
         f"{record['new_tokens']:,} new tokens{f' ({tokens})' if tokens else ''}, {record['cached_tokens']:,} cached",
     ]
+    if (way := record.get("cached_by", "none")) in ("keys", "queries"):
+        parts[-1] += f" ({way} travelled)"
     if record.get("chunks", 1) > 1:
         parts.append(f"{record['chunks']} chunks")
     if record.get("batch", 1) > 1:

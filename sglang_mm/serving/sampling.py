@@ -12,9 +12,11 @@ The size of a frame stays within SGLang's bounds, 128 to 768 tokens per pair. Wh
 """
 
 import asyncio
+import ctypes
 import logging
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +32,8 @@ SHARE = 0.9
 FLOOR = 1.05  # SGLang never shrinks frames below so many times their smallest size
 ATTEMPTS = 4
 CHOSEN = {"nframes", "max_frames", "total_pixels"}
-PIECE_BYTES = 1 << 30  # decoded at once: an hour of full-size frames is 45 GB
+PIECE_BYTES = 128 << 20  # decoded at once: an hour of full-size frames is 45 GB
+RESIZED_BYTES = 32 << 20  # resized at once, which takes four times as much in floats
 
 
 @dataclass(frozen=True)
@@ -123,28 +126,66 @@ def _tell_of_sparse(frames: int, seconds: float, config: dict) -> None:
 
 
 def sample(video, sampling: Sampling) -> tuple[torch.Tensor, dict]:
-    """preprocess_video of SGLang: frames uint8 [frames, 3, height, width] and their metadata; in a thread.
+    """preprocess_video of SGLang: frames uint8 [frames, 3, height, width] and their metadata; in a thread."""
+    indices, metadata = chosen(video, sampling)
+    return torch.cat(list(pieces(video, sampling, indices))), metadata
 
-    Frames are decoded and resized piece by piece, so that they are never all there at full size.
-    """
-    decode = video.get_frames_as_tensor
 
-    each = max(1, PIECE_BYTES // math.prod(video[0].shape))  # decoders are opened anew for each piece: not too few
-
-    def in_pieces(indices: list[int]) -> torch.Tensor:
-        pieces = [_resized(decode(indices[i : i + each]), sampling) for i in range(0, len(indices), each)]
-        return torch.cat(pieces)
-
-    video.get_frames_as_tensor = in_pieces
+def chosen(video, sampling: Sampling) -> tuple[list[int], dict]:
+    """Indices of the frames that preprocess_video of SGLang takes, and its metadata; none of them is decoded."""
+    frame = torch.zeros(1, sampling.height, sampling.width, 3, dtype=torch.uint8)  # what SGLang will find to resize
+    video.get_frames_as_tensor = lambda indices: frame
     try:
-        return asyncio.run(qwen_vl.preprocess_video(video, video_config=sampling.config))
+        _, metadata = asyncio.run(qwen_vl.preprocess_video(video, video_config=sampling.config))
     finally:
         del video.get_frames_as_tensor
+    return metadata["frames_indices"].tolist(), metadata
+
+
+def pieces(video, sampling: Sampling, indices: list[int]) -> Iterator[torch.Tensor]:
+    """Frames uint8 [n, 3, height, width] as preprocess_video would resize them, decoded and resized piece by piece.
+
+    n is even but for the last piece, and so small that decoder and resizing hold some 3 * PIECE_BYTES at once.
+    """
+    of_frame = math.prod(video[0].shape)
+    decoded = _even(PIECE_BYTES // of_frame)  # decoders are opened anew for each piece: not too few
+    resized = _even(RESIZED_BYTES // of_frame)
+    for start in range(0, len(indices), decoded):
+        frames = video.get_frames_as_tensor(indices[start : start + decoded])
+        _rest(video)
+        for some in frames.split(resized):
+            yield _resized(some, sampling)
+        del frames, some
+        _give_back_memory()
+
+
+def _rest(video) -> None:
+    """Until the next piece is asked for: decord's threads go on decoding meanwhile, gigabytes of frames, so it is
+    closed and opened again."""
+    if hasattr(decoder := getattr(video, "_decoder", None), "seek"):
+        path = video._tmp_path or video._source
+        del video._decoder, decoder  # its threads end before the next one's begin
+        video._decoder = _opened_by_decord(path)
+
+
+def _opened_by_decord(path: str):
+    """With one thread: each further one holds frames of its own."""
+    import decord
+
+    return decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
+
+
+def _give_back_memory() -> None:
+    """Of pieces that have gone: glibc keeps it otherwise, in an arena for each of a decoder's threads."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
+def _even(frames: int) -> int:
+    return max(qwen_vl.FRAME_FACTOR, frames // qwen_vl.FRAME_FACTOR * qwen_vl.FRAME_FACTOR)
 
 
 def _resized(frames: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """uint8 [n, h, w, 3] at the sampled size, as preprocess_video itself would resize them."""
+    """uint8 [n, h, w, 3] to [n, 3, height, width], as preprocess_video itself would resize them."""
     resize, size = qwen_vl.torchvision.transforms.functional.resize, [sampling.height, sampling.width]
-    return resize(frames.permute(0, 3, 1, 2), size, interpolation=qwen_vl.InterpolationMode.BILINEAR).permute(
-        0, 2, 3, 1
-    )
+    return resize(frames.permute(0, 3, 1, 2), size, interpolation=qwen_vl.InterpolationMode.BILINEAR)

@@ -1,4 +1,6 @@
-"""Which schedule a prefill takes: the one that was asked for, or the one that the cost model finds faster."""
+"""Which schedule a prefill takes: the one that was asked for, or the one that the cost model finds faster; and how its
+rows meet cached keys.
+"""
 
 import logging
 
@@ -8,8 +10,10 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang_mm.config import Config
 from sglang_mm.parallel.calibration import calibrate
 from sglang_mm.parallel.cost import ModelShape, choose, predict
+from sglang_mm.parallel.holdings import Holdings
+from sglang_mm.parallel.pass_q import travels
 from sglang_mm.parallel.transport import Transport
-from sglang_mm.types import BatchLayout
+from sglang_mm.types import BatchLayout, Residence
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +28,33 @@ class ScheduleChoice:
         self.asked, self.transport = config.schedule, transport
         self.constants = None
 
-    def choose(self, layout: BatchLayout, model: torch.nn.Module) -> tuple[str, dict[str, float]]:
-        """(schedule, predicted seconds of attention and its transport by schedule, empty unless `auto`)"""
+    def choose(
+        self, layout: BatchLayout, model: torch.nn.Module, holdings: Holdings, done_before: bool
+    ) -> tuple[str, dict[str, float]]:
+        """(schedule, predicted seconds of attention and its transport by schedule, empty unless `auto`)
+
+        holdings, done_before: as predict() takes them.
+        """
         if self.asked != "auto":
             return self.asked, {}
         self.prepare(model)
-        predicted = predict(layout, shape_of(model), self.constants)
+        predicted = predict(layout, shape_of(model), self.constants, holdings, done_before)
         return choose(predicted), predicted
+
+    def way_to_cached(self, layout: BatchLayout, residence: Residence, model: torch.nn.Module) -> str:
+        """`none`, `here`, `keys` or `queries`: see PrefillPlan. The fewer bytes travel."""
+        cached = sum(own.start for own in layout.requests)
+        if not cached:
+            return "none"
+        if residence.ranks == 1:
+            return "here"
+        shape, new = shape_of(model), layout.offsets[-1]
+        query_bytes = shape.q_heads * shape.head_dim * shape.dtype.itemsize
+        return (
+            "keys"
+            if travels(cached, new, shape.kv_bytes(shape.kv_heads), query_bytes, shape.state_bytes)
+            else "queries"
+        )
 
     def prepare(self, model: torch.nn.Module) -> None:
         """Measure what predictions need, once and below a second; collective. Done when the weights are loaded, or at

@@ -9,7 +9,7 @@ from pkgutil import resolve_name
 
 from sglang_mm.config import Config
 from sglang_mm.errors import SelfCheckError
-from sglang_mm.serving.settings import PREFILL_BACKEND
+from sglang_mm.serving.settings import DECODE_BACKEND, PREFILL_BACKEND
 
 SGLANG = "0.5.23"
 PARAMETERS = {  # below sglang.srt, functions we call or override: the parameters we rely on
@@ -17,6 +17,15 @@ PARAMETERS = {  # below sglang.srt, functions we call or override: the parameter
     "layers.attention.base_attn_backend:AttentionBackend.forward_extend": "q k v layer forward_batch save_kv_cache",
     "layers.attention.base_attn_backend:AttentionBackend.init_forward_metadata": "forward_batch",
     "mem_cache.memory_pool:KVWriteLoc": "loc physical",
+    "mem_cache.memory_pool:MHATokenToKVPool": "size page_size",
+    "mem_cache.memory_pool:MHATokenToKVPool.set_kv_buffer": "layer loc_info cache_k cache_v",
+    "mem_cache.kv_cache_configurator:KVCacheConfigurator._resolve_kv_pool_class": "self kind default",
+    "model_executor.pool_configurator:DefaultPoolConfigurator._compute_cell_size": "self kvc",
+    "mem_cache.allocation:get_last_loc": "req_to_token req_pool_indices_tensor prefix_lens_tensor",
+    "layers.sampler:Sampler._sync_token_ids_across_tp": "self batch_next_token_ids sampling_info",
+    "layers.logits_processor:LogitsMetadata.from_forward_batch": "forward_batch",
+    "layers.logits_processor:LogitsProcessor.forward": "input_ids hidden_states lm_head logits_metadata",
+    "layers.logits_processor:LogitsProcessorOutput.finalize_input_logprobs": "self",
     "managers.mm_utils:prepare_mm_inputs": "input_ids forward_batch language_model",
     "managers.scheduler:Scheduler.get_init_info": "self",
     "model_executor.forward_batch_info:ForwardBatch.init_new": "batch model_runner",
@@ -44,10 +53,18 @@ FIELDS = {  # below sglang.srt, data we read or write
     "managers.io_struct:GenerateReqInput": "log_metrics",
     "managers.schedule_batch:MultimodalDataItem": "offsets feature precomputed_embeddings",
     "model_executor.forward_batch_info:ForwardBatch": (
-        "extend_prefix_lens_cpu extend_seq_lens_cpu extend_logprob_start_lens_cpu mm_inputs mrope_positions "
-        "out_cache_loc out_cache_loc_is_physical capture_hidden_mode"
+        "extend_prefix_lens_cpu extend_seq_lens_cpu mm_inputs mrope_positions "
+        "out_cache_loc capture_hidden_mode req_pool_indices seq_lens seq_lens_cpu extend_prefix_lens"
     ),
-    "layers.logits_processor:LogitsProcessorOutput": "customized_info",
+    "layers.logits_processor:LogitsMetadata": (
+        "next_token_logits_buffer extend_return_logprob extend_return_top_logprob extend_token_ids_logprob "
+        "extend_seq_lens extend_seq_lens_cpu extend_logprob_start_lens_cpu extend_logprob_pruned_lens_cpu "
+        "extend_input_logprob_token_ids_gpu top_logprobs_nums token_ids_logprobs"
+    ),
+    "layers.logits_processor:LogitsProcessorOutput": (
+        "customized_info input_token_logprobs input_top_logprobs_val input_top_logprobs_idx "
+        "input_token_ids_logprobs_val input_token_ids_logprobs_idx"
+    ),
     "managers.schedule_batch:ScheduleBatch": "reqs",
 }
 
@@ -95,8 +112,9 @@ def check_plugin() -> Config:
     config = Config.from_env()
     wanted = [*plugin.HOOKS, *plugin.AROUND_HOOKS, *(() if platform.has_accelerator() else plugin.CPU_HOOKS)]
     missing = [f"hook on {target}" for target in wanted if f"sglang.srt.{target}" not in HookRegistry._patched]
-    if PREFILL_BACKEND not in ATTENTION_BACKENDS:
-        missing.append(f"attention backend {PREFILL_BACKEND}")
+    missing += [
+        f"attention backend {name}" for name in (PREFILL_BACKEND, DECODE_BACKEND) if name not in ATTENTION_BACKENDS
+    ]
     model = ModelRegistry.models.get("Qwen2_5_VLForConditionalGeneration")
     if model is None or not model.__module__.startswith("sglang_mm."):
         missing.append("model Qwen2_5_VLForConditionalGeneration")
@@ -126,14 +144,18 @@ def check_processor(processor) -> None:
 def describe_worker(info: dict, scheduler) -> dict:
     """After-hook on Scheduler.get_init_info: assert that this worker runs what was asked for, and tell its sizes.
 
+    With --cp above 1, lowers the longest prompt to what the memory of a prefill allows.
     Adds `sglang_mm` to what the launcher hears of each rank: layers, context_length, prefill_backend, decode_backend;
     with --cp above 1 q_heads and first_q_head, read from the attention layers; and, for caches with K and V of every
-    layer, kv_heads, head_dim, kv_bytes_per_token, kv_bytes.
+    layer, kv_heads, head_dim, kv_bytes_per_token (before they are shared), kv_bytes (this rank's) and kv_page.
     """
+    from sglang_mm.serving.room import limit_of
+
     config = check_plugin()
     runner = scheduler.tp_worker.model_runner
     if config.cp > 1:
         _check_sharding(config, runner)
+        info["max_req_input_len"] = limit_of(runner, config, info["max_req_input_len"])
     info["sglang_mm"] = {
         "layers": runner.model_config.num_hidden_layers,
         "context_length": runner.model_config.context_len,
@@ -150,6 +172,7 @@ def _check_sharding(config: Config, runner) -> None:
     from sglang.srt.runtime_context import get_parallel
 
     from sglang_mm.serving.context_parallel import ContextParallelMixin
+    from sglang_mm.serving.kv_pool import ShardedKVPool
 
     wrong = []
     if not isinstance(runner.model, ContextParallelMixin):
@@ -158,6 +181,11 @@ def _check_sharding(config: Config, runner) -> None:
         wrong.append(f"the prefill backend is {runner.prefill_attention_backend_str}")
     if get_parallel().attn_cp_size != config.cp:
         wrong.append(f"the context-parallel width is {get_parallel().attn_cp_size}")
+    if config.keepers > 1:
+        if runner.decode_attention_backend_str != DECODE_BACKEND:
+            wrong.append(f"the decode backend is {runner.decode_attention_backend_str}")
+        if not isinstance(runner.token_to_kv_pool, ShardedKVPool):
+            wrong.append(f"the K/V pool is {type(runner.token_to_kv_pool)}, which is not sharded")
     if runner.token_to_kv_pool.dtype != runner.dtype:
         wrong.append(f"K/V are kept as {runner.token_to_kv_pool.dtype}, the model computes in {runner.dtype}")
     if wrong:
@@ -175,6 +203,7 @@ def _heads(model) -> dict:
 
 def _cache_sizes(pool, layers: int) -> dict:
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    from sglang.srt.runtime_context import get_schedule
 
     if not isinstance(pool, MHATokenToKVPool):
         return {}  # other models' caches, which only --cp 1 serves
@@ -183,5 +212,6 @@ def _cache_sizes(pool, layers: int) -> dict:
         "kv_heads": key.shape[0],
         "head_dim": key.shape[1],
         "kv_bytes_per_token": layers * (key.numel() + value.numel()) * key.element_size(),
-        "kv_bytes": sum(pool.get_kv_size_bytes()),
+        "kv_bytes": int(sum(pool.get_kv_size_bytes())),
+        "kv_page": get_schedule().page_size,
     }

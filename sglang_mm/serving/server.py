@@ -31,7 +31,7 @@ def serve(
         from sglang.srt.server_args import ServerArgs, prepare_server_args
         from sglang.srt.utils import kill_process_tree
 
-        from sglang_mm.serving import requests, worker
+        from sglang_mm.serving import requests, storing, worker
 
         asked = prepare_server_args(sglang_flags)
         refuse(config, asked)
@@ -43,7 +43,8 @@ def serve(
         exposure = Exposure.of(config, args)
         media_access.allow(exposure.directories)
         on_start(args.model_path, "cpu (reference platform)" if on_cpu else "gpu", exposure)
-        os.environ.update(hub.environment)
+        store = until_the_end.enter_context(storing.open_store(config, args))
+        os.environ.update(hub.environment | store.environment)
         requests.show(hub)
         requests.add_routes(http_server.app)
         url = f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{args.port}"

@@ -7,8 +7,10 @@ from collections.abc import Collection
 
 from sglang_mm.config import Config
 from sglang_mm.errors import ConfigError
+from sglang_mm.types import page_for
 
-PREFILL_BACKEND = "mm_ring"
+PREFILL_BACKEND, DECODE_BACKEND = "mm_ring", "mm_paged"
+CPU_TOKENS = 131072  # K/V slots, times the replicas that share them
 MEDIA_MB = 2048  # one download, kept in memory; SGLang's 64 are three minutes of film
 NEVER = {  # fields of SGLang's ServerArgs: (value they must keep, why, what to do instead)
     "attn_cp_size": (1, "it is derived from --cp", "pass --cp"),
@@ -34,6 +36,17 @@ NOT_SHARDED = {  # the same, but only with --cp above 1
     "is_embedding": (False, "only generation is sharded", "serve embeddings with --cp 1"),
     "kv_cache_dtype": ("auto", "quantized K/V are not supported", "leave it out"),
 }
+SHARED_PAGES = {  # the same, but only where replicas share pages of K/V
+    "decode_attention_backend": (None, "decoding on sharded K/V is ours", "leave it out, or pass --kv replicated"),
+    "enable_hierarchical_cache": (
+        False,
+        "only K/V on the devices are sharded",
+        "leave it out, or pass --kv replicated",
+    ),
+    "enable_lmcache": (False, "only K/V on the devices are sharded", "leave it out, or pass --kv replicated"),
+    "enable_unified_memory": (False, "its pool has other pages", "leave it out, or pass --kv replicated"),
+    "enable_kv_cache_sharding": (False, "it is SGLang's own sharding of K/V", "leave it out"),
+}
 
 
 def refuse(config: Config, asked) -> None:
@@ -41,12 +54,25 @@ def refuse(config: Config, asked) -> None:
 
     asked: SGLang's ServerArgs as the user gave them, by flag, alias, config file or keyword.
     """
-    rules = NEVER | (NOT_SHARDED if config.cp > 1 else {})
+    rules = NEVER | (NOT_SHARDED if config.cp > 1 else {}) | (SHARED_PAGES if config.keepers > 1 else {})
     for name, (kept, why, remedy) in rules.items():
         value = getattr(asked, name)
         if value != kept and value:
             given = f"{flag_of(name)} {value} with --cp {config.cp}"
             raise ConfigError(given, f"{flag_of(name)} left out, {why}", remedy)
+    if config.keepers > 1:
+        _check_pages(config, asked)
+
+
+def _check_pages(config: Config, asked) -> None:
+    """Pages that all ranks share evenly, and chunks of whole pages."""
+    page, chunk = asked.page_size or page_for(config.cp), asked.chunked_prefill_size or 0
+    if page % config.cp:
+        allowed = f"a multiple of --cp {config.cp}: each replica keeps as much of a page"
+        raise ConfigError(f"--page-size {page}", allowed, f"leave it out for {page_for(config.cp)}")
+    if chunk > 0 and chunk % page:
+        allowed = f"a multiple of the {page} tokens of a page of K/V"
+        raise ConfigError(f"--chunked-prefill-size {chunk}", allowed, f"pass {max(1, round(chunk / page)) * page}")
 
 
 def server_settings(config: Config, *, on_cpu: bool) -> tuple[dict, dict]:
@@ -59,10 +85,14 @@ def server_settings(config: Config, *, on_cpu: bool) -> tuple[dict, dict]:
         may |= {"chunked_prefill_size": -1, "disable_prefill_cuda_graph": True}
         # SGLang's defaults kill a prefill of over 5 minutes and reserve a slot table of 2048 longest prompts
         may |= {"watchdog_timeout": 3600, "max_running_requests": 64}
+    if config.keepers > 1:
+        must |= {"decode_attention_backend": DECODE_BACKEND}
+        # a decode step could be captured, but what travels in it has not been captured yet
+        may |= {"page_size": page_for(config.cp), "disable_cuda_graph": True}
     if on_cpu:
         may |= {"device": "cpu", "dtype": "float32", "attention_backend": "torch_native"}
         may |= {"mm_attention_backend": "sdpa", "disable_cuda_graph": True, "disable_overlap_schedule": True}
-        may |= {"max_running_requests": 8, "max_total_tokens": 131072, "mem_fraction_static": 0.3}
+        may |= {"max_running_requests": 8, "max_total_tokens": CPU_TOKENS * config.keepers, "mem_fraction_static": 0.3}
     return must, may
 
 

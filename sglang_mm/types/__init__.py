@@ -2,6 +2,7 @@
 
 from sglang_mm.types.layout import BatchLayout, Frame, FrameKey, Layout, Run, digest64
 from sglang_mm.types.program import INF, TileProgram
+from sglang_mm.types.residence import Residence, page_for
 from sglang_mm.types.tokens import Axis, Classes, Modality, Place, TokenMap
 
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "Layout",
     "Modality",
     "Place",
+    "Residence",
     "Run",
     "TileProgram",
     "TokenMap",
     "digest64",
+    "page_for",
 ]

@@ -53,7 +53,7 @@ def test_every_step_runs_with_torch_and_triton_alone(rehearsal):
     printed, folder = rehearsal
     found = json.loads((folder / "rehearsal.json").read_text())
     assert [each["step"] for each in found["measurements"]].count("sparse") == 4
-    steps = ["correctness", "ceilings", "sparse", "ring", "model", "decode"]
+    steps = ["correctness", "ceilings", "sparse", "ring", "model", "decode", "paged"]
     assert found["steps"] == steps
     assert {each["step"] for each in found["measurements"]} == {*steps[1:], "dense"}
     assert (found["failures"], found["skipped"]) == ([], [])
@@ -67,7 +67,7 @@ def test_the_reference_is_green_and_kernels_say_why_they_are_not(rehearsal):
     }
     assert statuses == {"reference": {"green"}, "triton": {"unfit"}}
     assert all(each["why"] for each in checks if each["status"] == "unfit")
-    assert {each["backend"] for each in checks} >= {"merge", "probe", "dense SDPA", "reference in fp64", "fa4"}
+    assert {each["backend"] for each in checks} >= {"merge", "probe", "paged", "dense SDPA", "reference in fp64", "fa4"}
 
 
 def test_a_rehearsal_cannot_be_taken_for_a_result(rehearsal):

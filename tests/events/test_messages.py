@@ -17,6 +17,7 @@ EVERY = [
     messages.StageDone(**AT, stage="exchange", took=0.125),
     messages.LayerDone(**AT, layer=3, layers=4),
     messages.PrefillEnded(**AT, records={"a": {"schedule": "ring", "seconds": {"total": [1.5, 2.0]}}}, error="E: x"),
+    messages.MediaProgress(request="a", medium=1, done=20, frames=7200, seconds=1.5, ended=True, error="E: x"),
     messages.RequestRecord(request="a", record={"rows_per_rank": [20, 20]}, finish="stop", answer_tokens=7),
     messages.HubAlive(forwarded=3, malformed=0),
 ]

@@ -29,14 +29,16 @@ ROOMS = {
     "patterns": Room(NOUNS | {"kernels"}, {"torch", "numpy", "msgspec", "matplotlib"}),
     "parallel": Room(NOUNS | {"kernels"}, {"torch", "numpy"}),
     "events": Room(libraries={"msgspec", "zmq"}),
+    "pixels": Room(libraries={"torch", "msgspec", "zmq"}),
     "serving": Room(
-        NOUNS | {"kernels", "modality", "parallel", "events"},
-        {"torch", "sglang", "fastapi", "torchcodec", "prometheus_client", "cv2"},
+        NOUNS | {"kernels", "modality", "parallel", "events", "pixels"},
+        {"torch", "sglang", "fastapi", "torchcodec", "decord", "prometheus_client", "cv2", "psutil"},
     ),
-    "launch": Room(NOUNS | {"serving", "events"}, {"ray", "rich"}),
+    "dryrun": Room(NOUNS | {"patterns", "plan", "parallel"}, {"torch", "msgspec"}),
+    "launch": Room(NOUNS | {"serving", "events", "dryrun"}, {"ray", "rich"}),
     "plan": Room(NOUNS | {"patterns", "modality"}, {"torch", "msgspec"}),
     "tiny": Room(libraries={"torch", "numpy", "av", "tokenizers", "transformers"}),
-    "demo": Room(NOUNS | {"", "launch", "tiny"}, {"torch", "transformers", "openai", "requests"}),
+    "demo": Room(NOUNS | {"", "launch", "tiny", "pixels"}, {"torch", "transformers", "openai", "requests"}),
     "": Room(NOUNS | {"serving"}),  # sglang_mm/__init__.py: Engine, imported when first asked for
 }
 

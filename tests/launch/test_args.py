@@ -14,7 +14,8 @@ from sglang_mm.serving.settings import to_argv
 
 FLAGS = {
     "--help", "--tp", "--tp-size", "--tensor-parallel-size", "--cp", "--schedule", "--cp-min-tokens", "--vision",
-    "--deadline", "--allow-local-media", "--help-all",
+    "--deadline", "--allow-local-media", "--help-all", "--dry-run", "--tokens", "--prompt", "--gpu", "--plan", "--json",
+    "--kv", "--media-dir",
 }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def test_one_rank_by_hand():
     assert predict(prompt(10, 1, 6), LAYER, calls) == {"ring": 2, "gather": 1}
     assert predict(prompt(10, 1), replace(LAYER, layers=3, kv_heads=2), calls) == {"ring": 3, "gather": 6}
     copies = replace(FREE, memory_bytes_per_s=1.0)
-    merged, ordered = 2 * 3 * 10 * 2 * 4 * 4, 2 * (16 + 10) * 2 * 4 * 4
+    merged, ordered = 2 * 3 * 10 * 2 * 4 * 4, 2 * 16 * 2 * 4 * 4
     assert predict(prompt(10, 1, 6), LAYER, copies) == {"ring": merged, "gather": ordered}
 
 

@@ -169,5 +169,5 @@ def test_tensors_that_do_not_fit_the_layout_are_refused():
         attend_pieces(q, layout, 0, [], scale=1.0)
     with pytest.raises(ConfigError, match="piece of rank 1 with 2 rows"):
         attend_pieces(q, layout, 0, [Piece(1, k[:2], k[:2])], scale=1.0, prefix=lambda _: (torch.zeros(4, 2, 8),) * 2)
-    with pytest.raises(ConfigError, match="take rows from the batch's layout"):
+    with pytest.raises(ConfigError, match="take rows from the batch's holdings"):
         run_ranks(lambda transport: list(ring_pieces(k, k, [3, 4], transport)), 2)

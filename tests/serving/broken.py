@@ -20,8 +20,10 @@ def fault() -> str:
 
 def run_broken_scheduler(*args, **kwargs) -> None:
     from sglang_mm.parallel import ring
-    from sglang_mm.serving import backend, embed
+    from sglang_mm.serving import agreement, backend, embed, paged_backend
 
+    agreement._drawn_by_all = _drawing_another_token(agreement._drawn_by_all)
+    paged_backend.paged_attention = _forgetting_keys(paged_backend.paged_attention)
     backend.attend_pieces = _dropping_a_remote_piece(backend.attend_pieces)
     embed.encode_frames = _swapping_two_frames(embed.encode_frames)
     ring.merge = _merging_without_weights(ring.merge)
@@ -60,3 +62,26 @@ def _merging_without_weights(merge):
         return lse.copy_(torch.logaddexp(lse, lse_i))
 
     return mean
+
+
+def _forgetting_keys(attend):
+    """Rank 1 answers as if no key rested with it."""
+
+    def paged_attention(q, k, v, table, **kwargs):
+        out, lse = attend(q, k, v, table, **kwargs)
+        if fault() == "resting keys forgotten" and table.residence.rank == 1:
+            out.zero_(), lse.fill_(float("-inf"))
+        return out, lse
+
+    return paged_attention
+
+
+def _drawing_another_token(exchange):
+    """Rank 1 draws what rank 0 does not."""
+
+    def drawn_by_all(token_ids, ring):
+        if fault() == "another token drawn" and ring.rank == 1:
+            token_ids += 1
+        return exchange(token_ids, ring)
+
+    return drawn_by_all

@@ -89,6 +89,7 @@ def follow_ups(prompts: list[Case]) -> list[Case]:
         Case("input logprobs", {**other, **scored, "logprob_start_len": 100}),
         Case("all input logprobs", {**video, "input_ids": [97, *video["input_ids"]], **scored, "logprob_start_len": 0}),
         Case("asked tokens", {**other, **scored, "logprob_start_len": 7, "token_ids_logprob": [65, 66, 67]}),
+        Case("unequal scores", {"sampling_params": SAMPLING, **_unequal_scores(text["input_ids"])}),
         Case("two answers", {**other, **bounded(n=2, ignore_eos=True)}),
         Case("stop string", {**other, **bounded(stop=[chr(c) for c in range(97, 117)])}),
         Case("stop token", {**other, **bounded(stop_token_ids=list(range(97, 117)))}),
@@ -96,6 +97,17 @@ def follow_ups(prompts: list[Case]) -> list[Case]:
         Case("json schema", {**other, **bounded(json_schema=SCHEMA)}),
         Case("short", {"input_ids": text["input_ids"][300:340], **scored}),
     ]
+
+
+def _unequal_scores(ids: list[int]) -> dict:
+    """A batch in which every request asks for other log-probabilities of its prompt, two of them for none."""
+    return {
+        "input_ids": [ids[5:], ids[9:95], ids[13:400], ids[17:120], ids[21:60]],
+        "return_logprob": [True, True, False, True, True],
+        "logprob_start_len": [0, 50, -1, -1, 38],
+        "top_logprobs_num": [TOP, 3, 0, 2, 0],
+        "token_ids_logprob": [[65, 66], None, None, [67], [68, 69, 70]],
+    }
 
 
 def interleaved(prompts: list[Case]) -> Case:

@@ -9,7 +9,8 @@ from tests.serving import cases
 from tests.serving.engine_process import engine
 
 KV_TOKENS = 24_000  # a fraction of what the soak prefills, so that the cache has to evict
-SOAK_REQUESTS = 150
+SOAK_REQUESTS = 200
+LONG_ANSWER, LONG_PROMPT = 96, 8000  # tokens
 SOAKED = {(1, 1), (1, 2)}  # wider ones are asked in test_soak.py
 
 
@@ -29,6 +30,20 @@ def video(tmp_path_factory) -> str:
 def prompts(checkpoint, video) -> list[cases.Case]:
     shown = cases.build(checkpoint, video)
     return [*shown, cases.interleaved(shown)]
+
+
+def asked_at_length(prompts) -> list[dict]:
+    """Requests whose answers are decoded side by side: short, long, with media, and two that share a cached video."""
+    by_name = {case.name: case.request for case in prompts}
+    text, video = by_name["text"], by_name["one video"]
+    second = {**video, "input_ids": video["input_ids"] + list(range(97, 117))}
+    return [text, {"input_ids": text["input_ids"][9:21]}, by_name["three images"], video, second]
+
+
+def long_prompt(prompts) -> cases.Case:
+    """More tokens than one rank's share of KV_TOKENS."""
+    (text,) = [case.request["input_ids"] for case in prompts if case.name == "text"]
+    return cases.Case("long prompt", {"input_ids": [99, *(text * 12)[: LONG_PROMPT - 1]]})
 
 
 @pytest.fixture(scope="session")
@@ -53,18 +68,21 @@ def answers(checkpoint, prompts):
             told["prompts"] = dict(zip(shown, ask("kept_prompts"), strict=True))
             for case in cases.follow_ups(prompts):
                 told[case.name] = ask("generate", **case.request)
-            told |= beyond_generate(ask)
+            told |= beyond_generate(ask, cp)
             if (tp, cp) in SOAKED:
                 told["soak"] = ask("tests.serving.soak:run", prompts, SOAK_REQUESTS)
         return told
 
-    def beyond_generate(ask) -> dict:
+    def beyond_generate(ask, cp: int) -> dict:
         by_name = {case.name: case for case in prompts}
         text, video = by_name["text"], by_name["one video"]
         later = cases.Case("later", {**video.request, "input_ids": [98, 99, *video.request["input_ids"]]})
         never_ending = {**cases.SAMPLING, "max_new_tokens": 4000}
         long = {"input_ids": text.request["input_ids"] * 16, "sampling_params": never_ending}
-        return {
+        told = {"long prompt": ask("generate", **cases.generate_arguments(long_prompt(prompts)))}
+        if cp > 1:
+            told["long answers"] = ask("tests.serving.dialogue:long_answers", asked_at_length(prompts), LONG_ANSWER)
+        return told | {
             "streamed": ask("tests.serving.dialogue:streamed", cases.generate_arguments(later)),
             "sampled": ask("tests.serving.dialogue:sampled_then_scored", text.request),
             "aborted": ask("tests.serving.dialogue:aborted", long, 0.3),

@@ -34,6 +34,26 @@ def sampled_then_scored(engine, request: dict) -> dict:
     }
 
 
+def long_answers(engine, requests: list[dict], tokens: int, temperature: float = 1.0) -> list[dict]:
+    """Answers of so many tokens, all decoded in one batch, if there is room; with the two likeliest tokens."""
+    drawn = {"temperature": temperature, "max_new_tokens": tokens, "ignore_eos": True}
+    asked = {"sampling_params": drawn, "return_logprob": True, "top_logprobs_num": 2}
+
+    async def ask() -> list[dict]:
+        answers = (engine.async_generate(**request, **asked) for request in requests)
+        return await asyncio.wait_for(asyncio.gather(*answers), DEADLINE_S)
+
+    return engine.loop.run_until_complete(ask())
+
+
+def scored_answer(engine, request: dict, answer: dict) -> dict:
+    """Another engine's answer as a prompt: what this engine thinks of each of its tokens, by prefill alone."""
+    whole = {**request, "input_ids": request["input_ids"] + answer["output_ids"]}
+    first = answer["meta_info"]["prompt_tokens"] - 1
+    scores = {"return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": first}
+    return engine.generate(**whole, sampling_params={"temperature": 0, "max_new_tokens": 1}, **scores)
+
+
 def aborted(engine, request: dict, after_s: float) -> dict:
     """Abort a request `after_s` seconds after it was sent; how it ended, and what each rank holds afterwards."""
 
@@ -43,5 +63,4 @@ def aborted(engine, request: dict, after_s: float) -> dict:
         return await asyncio.wait_for(engine.async_generate(**request, rid="to be aborted"), DEADLINE_S)
 
     answer = engine.loop.run_until_complete(ask())
-    engine.get_server_info()
     return {"finish_reason": answer["meta_info"]["finish_reason"], "states": engine.rank_states()}

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import psutil
@@ -10,6 +11,7 @@ import psutil
 import sglang_mm
 from sglang_mm.serving import worker
 
+DEADLINE_S = 60
 STATES = "SGLANG_MM_TEST_STATES"  # a directory with one file per rank
 
 
@@ -29,8 +31,16 @@ class ObservedEngine(sglang_mm.Engine):
         super().__init__(**arguments)
 
     def rank_states(self) -> list[dict]:
-        """Of every rank, as of the last get_server_info."""
-        return [json.loads(path.read_text()) for path in sorted(self.states.iterdir())]
+        """Of every rank. SGLang waits for rank 0's answer alone; the others' files come when they come."""
+        for old in self.states.iterdir():
+            old.unlink()
+        self.get_server_info()
+        expected, until = self.mm_config.world_size, time.monotonic() + DEADLINE_S
+        while len(told := sorted(self.states.glob("rank *"))) < expected:
+            if time.monotonic() > until:
+                raise TimeoutError(f"{len(told)} of {expected} ranks told what they hold within {DEADLINE_S} s")
+            time.sleep(0.05)
+        return [json.loads(path.read_text()) for path in told]
 
 
 def _telling(original):
@@ -48,7 +58,9 @@ def _telling(original):
             "resident_bytes": psutil.Process().memory_info().rss,
         }
         path = Path(os.environ[STATES], f"rank {get_parallel().tp_rank}")
-        path.write_text(json.dumps(state))
+        half = path.with_name(f"half of {path.name}")
+        half.write_text(json.dumps(state))
+        half.rename(path)
         return original(self, request)
 
     return get_internal_state

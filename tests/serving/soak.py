@@ -79,7 +79,6 @@ def run(engine, prompts: list[Case], count: int) -> dict:
 
 def ranks_state(engine) -> list[dict]:
     """What observed.py tells of every rank, once the engine is idle."""
-    engine.get_server_info()
     return engine.rank_states()
 
 
@@ -94,7 +93,12 @@ async def _one(engine, load: Load, wait_s: float) -> dict:
     rid = f"soak {load.name} {json.dumps(load.at)}"
     if load.abort_after is not None:
         asyncio.get_running_loop().call_later(load.abort_after, engine.tokenizer_manager.abort_request, rid)
-    answer = await engine.async_generate(**load.request, rid=rid)
+    try:
+        answer = await engine.async_generate(**load.request, rid=rid)
+    except ValueError as error:  # SGLang's way of telling that a request was aborted while its grammar was compiled
+        if load.abort_after is None or "Aborted" not in str(error):
+            raise
+        answer = {"output_ids": [], "meta_info": {"finish_reason": {"type": "abort"}}}
     kept = ("output_top_logprobs", "input_top_logprobs", "finish_reason", "sglang_mm", "cached_tokens")
     meta = {key: answer["meta_info"].get(key) for key in kept}
     return {"output_ids": answer["output_ids"], "meta_info": meta}

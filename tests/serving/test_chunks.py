@@ -7,8 +7,8 @@ from tests.serving.cases import SAMPLING, follow_ups, generate_arguments
 from tests.serving.engine_process import engine
 
 pytestmark = pytest.mark.slow
-CHUNK = 300
-SCORED = "input logprobs"
+CHUNK = 320
+SCORED = ["input logprobs", "asked tokens"]
 NAMES = ["text", "one image", "three images", "one video", "video file", "interleaved"]
 
 
@@ -22,8 +22,7 @@ def chunked(request, checkpoint, prompts) -> dict:
         ask("flush_cache")
         told["aborted"] = ask("tests.serving.dialogue:aborted", long, 0.8)
         ask("flush_cache")
-        (scored,) = [case for case in follow_ups(prompts) if case.name == SCORED]
-        told[SCORED] = ask("generate", **scored.request)
+        told |= {case.name: ask("generate", **case.request) for case in follow_ups(prompts) if case.name in SCORED}
     return {**told, "schedule": request.param}
 
 
@@ -50,8 +49,9 @@ def test_abort_between_chunks_gives_everything_back(chunked):
         assert 0 < state["cached"] < 8400, "it was aborted after its first chunk and before its last"
 
 
-def test_input_logprobs_over_chunks(answers, chunked):
-    mine, single = chunked[SCORED], answers(1, 1)[SCORED]
+@pytest.mark.parametrize("name", SCORED)
+def test_input_logprobs_over_chunks(answers, chunked, name):
+    mine, single = chunked[name], answers(1, 1)[name]
     assert compare.record_of(mine)["chunks"] >= 2
     scores = zip(compare.scores_of(mine), compare.scores_of(single), strict=True)
     assert max(abs(a - b) for a, b in scores) <= compare.TOLERANCE

@@ -9,7 +9,8 @@ from tests.serving.broken import FAULT_FILE
 from tests.serving.cases import generate_arguments
 from tests.serving.engine_process import engine
 
-FAULTS = ["none", "remote piece dropped", "frame swapped", "merge without weights"]
+FAULTS = ["none", "remote piece dropped", "frame swapped", "merge without weights", "resting keys forgotten"]
+SETTLED = ["another token drawn", "afterwards"]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def broken_answers(checkpoint, prompts, tmp_path_factory) -> dict:
     told = {}
     try:
         with engine("tests.serving.broken:BrokenEngine", model_path=checkpoint, cp=2, schedule="ring") as ask:
-            for fault in FAULTS:
+            for fault in FAULTS + SETTLED:
                 path.write_text(fault)
                 ask("flush_cache")
                 told[fault] = ask("generate", **generate_arguments(case))
@@ -45,3 +46,12 @@ def test_comparison_notices(answers, broken_answers, fault):
     record = compare.record_of(broken_answers[fault])
     assert record["schedule"] == "ring" and record["cached_tokens"] == 0
     assert passes(broken_answers[fault], answers(1, 1)["one video"]) == (fault == "none")
+
+
+def test_replicas_settle_on_one_token_and_tell(answers, broken_answers):
+    """Rank 1 drew another token each time; the answer is rank 0's, and the next request's record counts them."""
+    settled, afterwards = (broken_answers[name] for name in SETTLED)
+    single = answers(1, 1)["one video"]
+    assert passes(settled, single) and passes(afterwards, single)
+    told = [compare.record_of(answer).get("differing_tokens", 0) for answer in (settled, afterwards)]
+    assert sum(told) >= len(single["output_ids"]) - 1 and told[1] > 0

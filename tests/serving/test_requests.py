@@ -20,13 +20,14 @@ from sglang_mm.serving import metrics, requests
 from sglang_mm.serving.record import KEY
 
 STOCK = {"schedule": "stock", "ranks": 2, "rows_per_rank": [9, 9], "new_tokens": 9, "cached_tokens": 0}
-STOCK["fallbacks"] = ["below --cp-min-tokens"]
+STOCK |= {"fallbacks": ["below --cp-min-tokens"], "differing_tokens": 3}
 RING = {
     "schedule": "ring",
     "ranks": 2,
     "rows_per_rank": [15602, 15602],
     "new_tokens": 31204,
     "cached_tokens": 512,
+    "cached_by": "queries",
     "chunks": 2,
     "batch": 2,
     "frames_encoded": [4, 4],
@@ -97,7 +98,7 @@ def test_a_stream_is_counted_and_told_once(caplog):
     assert asked.output("a", state, [], "length")[KEY] == [RING]
     status = requests.status()
     assert (status["requests"], status["ends"], status["fallbacks"]) == ({"ring": 1}, {"length": 1}, {})
-    assert status["tokens"] == {"new": 31204, "cached": 512}
+    assert status["tokens"] == {"new": 31204, "cached": 512, "differing": 0}
     assert status["bytes_sent"] == {"kv": 2**29, "embeddings": 768, "checks": 0}
     assert told(caplog) == [f"{requests.line('a', RING)}; 16 tokens answered, length"]
 
@@ -149,7 +150,7 @@ def test_the_last_records_are_kept(monkeypatch):
 
 def test_a_line_has_all_of_the_record():
     assert requests.line("a", RING) == (
-        "request a: ring on 2 ranks; 31,204 new tokens (text 42, video 31,162), 512 cached; 2 chunks; "
+        "request a: ring on 2 ranks; 31,204 new tokens (text 42, video 31,162), 512 cached (queries travelled); 2 chunks; "
         "in a batch of 2; rows per rank 15,602 15,602; frames encoded per rank 4 4; "
         "prefill 8.250 s (vision 1.500, attention 4.000, transport 1.000); "
         "predicted ring 5.000 s, gather 6.500 s; sent kv 1.0 GiB, embeddings 1.5 KiB"
@@ -212,6 +213,7 @@ def test_series_are_what_was_observed(tmp_path):
         'sglang_mm_prompt_tokens_total{kind="new",modality="video"}': 62324,
         'sglang_mm_prompt_tokens_total{kind="new",modality="any"}': 9,
         'sglang_mm_prompt_tokens_total{kind="cached",modality="any"}': 1024,
+        "sglang_mm_differing_tokens_total": 3,
         'sglang_mm_bytes_sent_total{kind="kv"}': 2**30,  # half of the batch's, twice
         'sglang_mm_bytes_sent_total{kind="embeddings"}': 1536,
         'sglang_mm_bytes_sent_total{kind="checks"}': 0,

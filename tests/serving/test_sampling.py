@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_told_before_decoding():
     manager = SimpleNamespace(max_req_input_len=131_066, context_len=1 << 20)
     limit = PromptLimit.of(manager)
     limit.check(131_065, "a prompt")
-    with pytest.raises(RequestError, match="fewer than 131,066 tokens in a prompt, bound by the K/V memory of a rank"):
+    with pytest.raises(RequestError, match="fewer than 131,066 tokens in a prompt, bound by the memory of a rank, for"):
         limit.check(131_066, "a prompt of 131,066 tokens")
     with pytest.raises(RequestError, match=r"bound by the context length of 128,000.*--context-length"):
         PromptLimit(127_994, 128_000).check(200_000, "a prompt of 200,000 tokens")

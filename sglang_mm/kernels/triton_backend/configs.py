@@ -12,6 +12,8 @@ from triton import next_power_of_2
 TILE = 128
 """Rows of a program's tile, at most."""
 LARGEST_HEAD = 128
+LARGEST_GROUP = 16
+"""Query heads of a K/V head where one query row meets a pool: what a product of 16 rows holds."""
 JOIN_ROWS, JOIN_WARPS = 16, 4
 """Rows of a step where parts of a split item are joined."""
 
@@ -37,6 +39,20 @@ def choose_config(capability: int, dtype: torch.dtype, head_dim: int) -> Config:
     if capability == 80:
         return Config(128, 64, 8, 3, tma=False)
     return Config(64, 64 if head_dim <= 64 else 32, 4, 3, tma=False)  # 99 KiB of shared memory
+
+
+def choose_paged_config(capability: int, dtype: torch.dtype, is_single: bool) -> Config:
+    """For keys in a pool. is_single: one query row per request, whose heads are the rows; memory bounds its speed.
+
+    capability: as for `choose_config`. By pointers alone: pages are short, and shares of them no powers of two. Page
+    ids are loaded before keys and values, which takes half of the stages: of 5, two steps of keys are under way.
+    """
+    if dtype == torch.float32:
+        return Config(16, 32 if is_single else 16, 4, 1, tma=False)
+    is_large = capability in (0, 80) or capability // 10 in (9, 10)  # shared memory for more than one large step
+    if is_single:
+        return Config(16, 64 if is_large else 32, 4, 5, tma=False)
+    return Config(128, 64, 8, 5, tma=False) if is_large else Config(64, 32, 4, 5, tma=False)
 
 
 def padded(head_dim: int) -> int:

@@ -1,6 +1,7 @@
 """The merge of partial results as one kernel: every element that changes is read once and written once.
 
-T rows, H heads, D head dim; P: D rounded up to a power of two. One instance merges ROWS rows of one head.
+T rows, H heads, D head dim, N parts; P: D rounded up to a power of two. One instance merges ROWS rows of one head into
+a state, or joins all parts of one row of one head, PARTS at a time.
 """
 
 import torch
@@ -12,6 +13,7 @@ from sglang_mm.errors import ConfigError
 from sglang_mm.kernels.triton_backend.variant import Variant
 
 ROWS = 16
+PARTS = 16
 WARPS = 4
 PARTIAL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -75,9 +77,78 @@ def _merge(
     tl.store(at, top + tl.log(total), mask=adds_keys)
 
 
+def takes_parts(outs: Tensor, lses: Tensor) -> bool:
+    """Whether `join_parts` can join these: fp32 log-sum-exp, results of 16 or 32 bits, dense rows of D and of T."""
+    are_dense = (outs.shape[-1] < 2 or outs.stride(-1) == 1) and (lses.shape[-1] < 2 or lses.stride(-1) == 1)
+    return lses.dtype == torch.float32 and outs.dtype in PARTIAL_DTYPES and are_dense
+
+
+def join_parts(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """(out fp32 [T, H, D], lse fp32 [H, T]) of outs [N, T, H, D] and lses [N, H, T], as `kernels.merge` joins them.
+
+    The order of additions depends on N alone. Parts whose lse is -inf are never read. Never waits for the device.
+    """
+    parts, rows, heads, dim = outs.shape
+    out = outs.new_empty(rows, heads, dim, dtype=torch.float32)
+    lse = lses.new_empty(heads, rows)
+    if out.numel():
+        with torch.cuda.device_of(out):
+            _join[(rows, heads)](
+                outs, lses, out, lse, parts, rows, heads,
+                outs.stride(0), outs.stride(1), outs.stride(2), lses.stride(0), lses.stride(1),
+                D=dim, P=triton.next_power_of_2(dim), PARTS=PARTS, num_warps=WARPS,
+            )  # fmt: skip
+    return out, lse
+
+
+@triton.jit(do_not_specialize=["parts", "rows", "heads", "lses_part", "lses_head"])
+def _join(
+    OUTS, LSES, OUT, LSE, parts, rows, heads, outs_part, outs_row, outs_head, lses_part, lses_head,
+    D: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    n, d = tl.arange(0, PARTS).to(tl.int64), tl.arange(0, P)
+    LSES += head * lses_head + row
+    OUTS += head * outs_head + row * outs_row
+    top = tl.full([PARTS], float("-inf"), tl.float32)
+    for first in range(0, parts, PARTS):
+        top = tl.maximum(top, tl.load(LSES + (first + n) * lses_part, mask=first + n < parts, other=float("-inf")))
+    shift = tl.max(top, 0)
+    shift = tl.where(shift == float("-inf"), 0.0, shift)  # no part has keys: -inf - -inf would be NaN
+    total = tl.zeros([PARTS], tl.float32)
+    acc = tl.zeros([PARTS, P], tl.float32)
+    for first in range(0, parts, PARTS):
+        lse = tl.load(LSES + (first + n) * lses_part, mask=first + n < parts, other=float("-inf"))
+        weight = tl.exp(lse - shift)
+        is_read = (lse != float("-inf"))[:, None] & (d < D)[None, :]
+        outs = tl.load(OUTS + (first + n)[:, None] * outs_part + d[None, :], mask=is_read, other=0.0)
+        acc += weight[:, None] * outs.to(tl.float32)
+        total += weight
+    total = tl.sum(total, 0)
+    has_keys = total != 0  # true for NaN
+    total = tl.where(has_keys, total, 1.0)
+    tl.store(OUT + (row * heads + head) * D + d, tl.sum(acc, 0) / total, mask=d < D)
+    tl.store(LSE + head * rows + row, tl.where(has_keys, shift + tl.log(total), float("-inf")))
+
+
 def variants() -> list[Variant]:
     """Every configuration of the kernel that usual models meet: head dims, and the dtypes of partial results."""
-    return [_variant(dim, dtype) for dim in (64, 80, 96, 128) for dtype in ("fp32", "bf16")]
+    shapes = [(dim, dtype) for dim in (64, 80, 96, 128) for dtype in ("fp32", "bf16")]
+    return [_variant(*shape) for shape in shapes] + [_join_variant(128, "fp32"), _join_variant(80, "bf16")]
+
+
+def _join_variant(dim: int, dtype: str) -> Variant:
+    constexprs = {"D": dim, "P": triton.next_power_of_2(dim), "PARTS": PARTS}
+    known = {"OUTS": f"*{dtype}"} | dict.fromkeys(constexprs, "constexpr")
+    return Variant(
+        name=f"join_parts-{dim}" if dtype == "fp32" else f"join_parts-{dim}-{dtype}",
+        fn=_join,
+        signature={name: known.get(name, "*fp32" if name.isupper() else "i32") for name in _join.arg_names},
+        constexprs=constexprs,
+        divisible=("OUTS", "LSES", "OUT", "LSE", "outs_part", "outs_row", "outs_head"),
+        num_warps=WARPS,
+        num_stages=3,
+    )
 
 
 def _variant(dim: int, dtype: str) -> Variant:

@@ -8,6 +8,7 @@ from torch import Tensor
 from sglang_mm.patterns.boundary import HeadPlan, panels
 from sglang_mm.patterns.catalog import Blocks, Grid, Pattern, VerticalSlash
 from sglang_mm.patterns.chosen import BLOCK, BlockSet, Chosen, Lines, Nothing, Panel, Phases, Unit
+from sglang_mm.patterns.program.shard import nth, spread
 from sglang_mm.types import Axis, Modality, TokenMap
 
 EVERY_BLOCK = 4
@@ -31,13 +32,20 @@ def _chosen(pattern: Pattern, tokens: TokenMap, keys: Modality | None) -> Chosen
         case Grid():
             return _phases(pattern, tokens)
         case Blocks():
-            row_block, key_block = torch.ones(blocks, blocks).tril().nonzero(as_tuple=True)
-            listed = ((row_block - key_block) % EVERY_BLOCK == 0) | (key_block == 0)
-            counts = torch.bincount(row_block[listed], minlength=blocks)
-            ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-            return BlockSet(torch.arange(blocks), ptr, key_block[listed])
+            return _every_fourth(blocks)
         case _:
             return Nothing()
+
+
+def _every_fourth(blocks: int) -> BlockSet:
+    """Of each row block the first key block, its own, and every EVERY_BLOCK-th before that."""
+    row_blocks = torch.arange(blocks)
+    first = row_blocks % EVERY_BLOCK
+    beside = (first > 0).long()  # then block 0 comes as one more
+    counts = row_blocks // EVERY_BLOCK + 1 + beside
+    place = nth(counts) - spread(beside, counts)
+    key_blocks = torch.where(place < 0, 0, spread(first, counts) + EVERY_BLOCK * place)
+    return BlockSet(row_blocks, torch.nn.functional.pad(counts.cumsum(0), (1, 0)), key_blocks)
 
 
 def _phases(grid: Grid, tokens: TokenMap) -> Phases:

@@ -6,23 +6,32 @@ of the sampling travels along, and `second_per_grid_ts` is what it is (1.0 at 2 
 Frames sent without a container (lists, arrays) carry no timing; for those transformers' assumption stands.
 
 With --vision stock timing, frames and sizes are SGLang's; the checks stay.
+
+Pixels go to the server's store (sglang_mm/pixels) as bytes, and to the ranks as handles; see serving/storing.py.
 """
 
 import asyncio
+from contextvars import ContextVar
+from functools import partial
 from typing import ClassVar
 
 import torch
+from sglang.srt.environ import envs
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 from sglang.srt.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from sglang.srt.multimodal.processors import qwen_vl
 from sglang.srt.utils.video_decoder import VideoDecoderWrapper
 
 from sglang_mm.config import Config
-from sglang_mm.serving import sampling
+from sglang_mm.events import Reading
+from sglang_mm.pixels import Lease, NoRoom
+from sglang_mm.serving import sampling, storing
 from sglang_mm.serving.media_access import RequestError
 from sglang_mm.serving.media_check import ASPECT, PREPARE, PREPARED, check_markers, check_prepared, unreadable
 from sglang_mm.types import digest64
 
+LEASE = "sglang_mm_media"  # on SGLang's request object, which lives until the request has ended
+_lease: ContextVar[Lease | None] = ContextVar("lease of the request in this task", default=None)
 POSITIONS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")  # what M-RoPE depends on besides the ids
 
 
@@ -45,6 +54,8 @@ class TimedQwenVLProcessor(qwen_vl.QwenVLImageProcessor):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.mm_config = Config.from_env() or Config()
+        # a handle can be pickled, SGLang's msgpack knows nothing of it
+        self.store = storing.in_use() if envs.SGLANG_USE_PICKLE_IPC.get() else None
         self.prompt_limit = None  # intake.py sets it with every request: SGLang knows it once the ranks are there
 
     @property
@@ -61,8 +72,34 @@ class TimedQwenVLProcessor(qwen_vl.QwenVLImageProcessor):
         if not prepared:
             text = input_text if isinstance(input_text, str) else self._tokenizer.decode(input_text)
             check_markers(text, self.mm_tokens, {kind: len(some) for kind, some in media.items()})
+        lease = self._lease_for(request_obj)
+        setattr(request_obj, LEASE, lease)
+        of_task = _lease.set(lease)
         try:
-            output = await super().process_mm_data_async(image_data, input_text, request_obj, *args, **kwargs)
+            output = await self._processed(prepared, image_data, input_text, request_obj, *args, **kwargs)
+            vision = self.hf_config.vision_config
+            patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+            check_prepared(output, self.spatial_merge_size, patch, vision.out_hidden_size, sent=prepared)
+        except BaseException:  # a client that went away, too
+            if lease is not None:
+                lease.discard()
+            raise
+        finally:
+            _lease.reset(of_task)  # tasks that outlive the request would keep it
+        return output
+
+    def _lease_for(self, request_obj) -> Lease | None:
+        """None: pixels travel by value. Later turns of a session may need an earlier one's, whose request has ended;
+        ranks of this machine have its files open by then, others could not ask for them."""
+        if self.store is None:
+            return None
+        is_turn = any(getattr(request_obj, name, None) for name in ("session_params", "session_id"))
+        return self.store.lease(str(request_obj.rid)) if self.store.is_for_one_machine or not is_turn else None
+
+    async def _processed(self, prepared: bool, *args, **kwargs):
+        """SGLang's, with hashes and errors of ours. prepared: whether the client made some of the media's data."""
+        try:
+            output = await super().process_mm_data_async(*args, **kwargs)
             output.padded_input_ids = None  # ranks make them from the hashes, which change here
             await self.hash_executor.set_pad_values(output.mm_items)
             for item in output.mm_items:
@@ -70,9 +107,6 @@ class TimedQwenVLProcessor(qwen_vl.QwenVLImageProcessor):
         except Exception as error:
             explained = self._explained(error, prepared)
             raise explained from (None if explained is error else error)
-        vision = self.hf_config.vision_config
-        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        check_prepared(output, self.spatial_merge_size, patch, vision.out_hidden_size, sent=prepared)
         return output
 
     @staticmethod
@@ -80,6 +114,8 @@ class TimedQwenVLProcessor(qwen_vl.QwenVLImageProcessor):
         """What SGLang and transformers raise for media they cannot take, in our words if it is the client's doing."""
         if isinstance(error, RequestError):
             return error
+        if isinstance(error, NoRoom):
+            return RequestError(error.given, error.allowed, error.remedy)
         if "aspect ratio" in str(error):
             return RequestError(f"an image ({error})", ASPECT, "crop it, or cut it in parts")
         if prepared:  # whatever goes wrong with data that a client made, it made it so
@@ -101,7 +137,7 @@ class TimedQwenVLProcessor(qwen_vl.QwenVLImageProcessor):
             loaded = await super().load_mm_data(*args, **kwargs)
         except ValueError as error:
             raise (error.__cause__ if isinstance(error.__cause__, RequestError) else error) from None
-        loaded.video_metadata = None
+        loaded.video_metadata, loaded.stored_videos, loaded.lease = None, [], _lease.get()
         videos = loaded.videos or []
         containers = [isinstance(video, VideoDecoderWrapper) for video in videos]
         if any(containers):
@@ -110,12 +146,15 @@ class TimedQwenVLProcessor(qwen_vl.QwenVLImageProcessor):
                     "one request with video files and preprocessed frames", "one of the two",
                     "send all videos as files, or all as frames",
                 )  # fmt: skip
-            sampled = await self._sample(videos, kwargs.get("video_data") or [])
+            sampled = await self._sample(videos, kwargs.get("video_data") or [], loaded.lease)
             loaded.videos, loaded.video_metadata = map(list, zip(*sampled))
+            if isinstance(loaded.videos[0], storing.StoredVideo):
+                loaded.stored_videos = loaded.videos
+                loaded.videos = [video.frames for video in loaded.stored_videos]
         return loaded
 
-    async def _sample(self, videos: list[VideoDecoderWrapper], names: list) -> list[tuple]:
-        """Frames and metadata of each video, decoded in threads; too many are refused before one is decoded."""
+    async def _sample(self, videos: list[VideoDecoderWrapper], names: list, lease: Lease | None) -> list[tuple]:
+        """Frames, or StoredVideos, and metadata of each video, decoded in threads; too many are refused before."""
         room = None
         if self.mm_config.vision == "frames" and self.prompt_limit:
             room = sampling.room(self.video_config, self.prompt_limit.tokens, len(videos))
@@ -124,10 +163,29 @@ class TimedQwenVLProcessor(qwen_vl.QwenVLImageProcessor):
             for video, name in zip(videos, names)
         ]
         self._check_fits(planned)
-        return [
-            await self._in_thread(name, sampling.sample, video, how)
+        chosen = [
+            await self._in_thread(name, sampling.chosen, video, how)
             for video, name, how in zip(videos, names, planned, strict=True)
         ]
+        settings = self._settings([metadata for _, metadata in chosen])
+        frames = [storing.frames_of(len(indices), how.height, how.width) for (indices, _), how in zip(chosen, planned)]
+        library = self._processor.video_processor
+        cuts = [storing.cut_of(library, shape, settings) if lease else None for shape in frames]
+        sampled = []
+        for i, (video, (indices, metadata)) in enumerate(zip(videos, chosen)):
+            reading = Reading(lease.request if lease else "", i, len(indices))
+            read = partial(sampling.pieces, video, planned[i], indices)
+            work = _joined
+            if all(cuts):
+                how = {"frames": frames[i], "cut": cuts[i], "settings": settings, "lease": lease}
+                work = partial(storing.store_video, library, **how)
+            sampled.append((await self._in_thread(names[i], _read, reading, read, work), metadata))
+        return sampled
+
+    def _settings(self, metadata: list[dict]) -> dict:
+        """What transformers' video processor is told of these videos beside their frames."""
+        settings = qwen_vl._get_processor_video_config(self.video_config, metadata) or {}
+        return {**settings, "do_sample_frames": False} if self.mm_config.vision == "frames" else settings
 
     async def _in_thread(self, name, work, *args):
         """work(*args), while the server goes on serving. Raises RequestError for a video that it cannot read."""
@@ -154,3 +212,23 @@ class TimedQwenVLProcessor(qwen_vl.QwenVLImageProcessor):
             if self.mm_config.vision == "frames":
                 kwargs.update(video_metadata=metadata, do_sample_frames=False)
         return await super().process_and_combine_mm_data_async(base_output, *args, **kwargs)
+
+    def process_and_combine_mm_data(self, base_output, mm_tokens, processor=None, **kwargs):
+        """SGLang's, in one of its threads. Pixels are written to the store and come back as handles."""
+        if getattr(base_output, "lease", None) is None:
+            return super().process_and_combine_mm_data(base_output, mm_tokens, processor=processor, **kwargs)
+        swap = storing.Swap(base_output.lease, base_output.stored_videos)
+        kwargs["processor"] = swap.processor(self._resolve_processor(processor)[0])
+        items, ids, made = super().process_and_combine_mm_data(base_output, mm_tokens, **kwargs)
+        swap.handles_into(items)
+        return items, ids, made
+
+
+def _read(reading: Reading, pieces, work):
+    """work(pieces()), told while it goes on."""
+    with reading:
+        return work(reading.follow(pieces()))
+
+
+def _joined(pieces) -> torch.Tensor:
+    return torch.cat(list(pieces))
