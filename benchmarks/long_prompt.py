@@ -13,14 +13,22 @@ import time
 from pathlib import Path
 
 import psutil
+import torch
 
 import sglang_mm
+from benchmarks.memory import MODEL
+from sglang_mm.config import Config
 from sglang_mm.launch.args import build_parser
+from sglang_mm.parallel.cost import Constants, ModelShape, predict
+from sglang_mm.parallel.layout import make_layout
+from sglang_mm.parallel.memory import even_table
 from sglang_mm.tiny import write_checkpoint, write_video
+from sglang_mm.types import BatchLayout, Run
 
 SIDE, TOKENS_OF_PAIR = 448, 256  # of two frames of SIDE x SIDE pixels
 FPS = 2
 ROOM = 5  # quarters of the video: a long video is seen at fewer frames where it would fill the K/V to the brim
+ASSUMED = Constants(600e12, 360e9, 10e-6, 3.35e12, 70e-6)  # of an H100 and NVLink; arithmetic, not measured
 ANSWER = {"max_new_tokens": 16, "temperature": 0, "ignore_eos": True}
 TEMPLATE = "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -125,8 +133,29 @@ def page(asked, told: dict) -> str:
         "",
         f"K/V of the prompt: {kept:,.0f} MiB in all; {told['kv_bytes_per_rank'] / 2**20:,.0f} MiB set aside per rank.",
         "",
+        *on_paper(),
     ]
     return "\n".join(lines)
+
+
+def on_paper(tokens: int = 1 << 20, cp: int = 8) -> list[str]:
+    """A prompt of a million tokens on eight GPUs, by the table of memory and the cost model."""
+    layout = BatchLayout((make_layout([Run(0, tokens)], cp),))
+    shape = ModelShape(MODEL.layers, MODEL.heads, MODEL.kv_heads, MODEL.head_dim, torch.bfloat16)
+    seconds = predict(layout, shape, ASSUMED)
+    table = even_table(MODEL, Config(cp=cp), tokens)
+    said = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    flops, link, memory = ASSUMED.attention_flops_per_s, ASSUMED.bytes_per_s, ASSUMED.memory_bytes_per_s
+    return [
+        f"## {tokens:,} tokens on {cp} GPUs: computed, not measured",
+        "",
+        "Qwen2.5-VL-7B in bf16, dense, by the table of memory and the cost model.",
+        f"Assumed, of an H100: attention at {flops / 1e12:.0f} TFLOP/s, {link / 1e9:.0f} GB/s between GPUs, "
+        f"{memory / 1e12:.2f} TB/s of memory.",
+        f"Attention and its transport then take: {said}. A rank holds {table.peak / 2**30:.1f} GiB at the peak, of",
+        f"which K/V {tokens * MODEL.kv_bytes / cp / 2**30:.1f} GiB. Nothing of this has run on a GPU.",
+        "",
+    ]
 
 
 if __name__ == "__main__":

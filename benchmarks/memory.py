@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sglang_mm.config import Config
-from sglang_mm.dryrun.fit import even_table, longest
+from sglang_mm.dryrun.fit import longest
 from sglang_mm.dryrun.gpus import GIB, GPUS, RUNTIME
-from sglang_mm.parallel.memory import DISK, HELD, HOST, PREFILL, STAGES, MemoryTable, ModelSizes, Tower
+from sglang_mm.parallel.memory import DISK, HELD, HOST, PREFILL, STAGES, MemoryTable, ModelSizes, Tower, even_table
 
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
 TOKENS, WIDTH = 1 << 20, 8
@@ -39,6 +39,7 @@ NOTES = """
 - Weights are counted from the sizes in `config.json` and equal the parameters of the model, which a test checks.
 - What attention, decoder and vision tower allocate on a CPU is measured tensor by tensor
   (`tests/parallel/test_memory.py`, `tests/serving/test_peak.py`) and stays within 10% and 15% of the table, per token.
+  Some terms were fitted to these very runs of a tiny model; another shape would be the independent check.
 - On a GPU the same code runs with SGLang's fused kernels, which make fewer copies. Which, is read from their source;
   **it has not been measured on a GPU yet**.
 - {runtime} GiB per GPU are set aside for CUDA, NCCL and workspaces. That is an assumption.

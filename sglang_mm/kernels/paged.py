@@ -65,7 +65,7 @@ def paged_attention(
     _validate(q_THD, k_pool, v_pool, table, queries_ptr)
     if not scale > 0:
         raise ConfigError(f"scale {scale}", "a number above 0", "pass 1 / sqrt(head dim)")
-    attend = BACKENDS[_choose(backend, q_THD, k_pool)]
+    attend = BACKENDS[backend_for(q_THD, k_pool, backend)]
     return attend(q_THD, k_pool, v_pool, table, queries_ptr, scale)
 
 
@@ -119,7 +119,8 @@ BACKENDS = {
 """In the order in which `auto` tries them."""
 
 
-def _choose(backend: str, q: Tensor, k: Tensor) -> str:
+def backend_for(q: Tensor, k: Tensor, backend: str = "auto") -> str:
+    """The backend that runs on q [.., Hq, D] and the pool k [N, Hkv, D]. Raises ConfigError where it cannot."""
     if backend not in ("auto", *BACKENDS):
         raise ConfigError(f"backend {backend!r}", f"auto, {', '.join(BACKENDS)}", "pass backend='auto'")
     on_cpu = q.device.type == "cpu"

@@ -41,7 +41,8 @@ class ContextParallelMixin:
         object.__setattr__(self, "mm_transport", self._transport(group))
         rank = self.mm_transport.rank if self.mm_transport else 0
         object.__setattr__(self, "mm_residence", residence_of(self.mm_config, rank))
-        agreement.join(self.mm_transport)
+        replica = parallel.attn_tp_group if self.mm_config.cp > 1 and self.mm_config.tp > 1 else None
+        agreement.join(self._transport(replica), self.mm_transport)
         object.__setattr__(self, "mm_schedules", ScheduleChoice(self.mm_config, self.mm_transport))
         object.__setattr__(self, "mm_fallbacks", FallbackLog())
         object.__setattr__(self, "mm_chunks", ChunkLog())
@@ -82,7 +83,9 @@ class ContextParallelMixin:
                     output = super().forward(input_ids, positions, forward_batch, *args, **kwargs)
                     records = self.mm_chunks.join(forward_batch, records)
                     progress.records = dict(zip(forward_batch.rids or [], records))
-        if records and (differing := agreement.differing_tokens()):
+        # elsewhere on a device, counting would make the host wait for the whole batch
+        counts = plan is not None or input_ids.device.type == "cpu"
+        if counts and records and (differing := agreement.differing_tokens()):
             records[0]["differing_tokens"] = differing
         if hasattr(output, "customized_info"):
             output.customized_info = {**(output.customized_info or {}), KEY: records}

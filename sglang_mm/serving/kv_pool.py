@@ -41,6 +41,15 @@ def pool_class(original, configurator, *, kind, default):
     return original(configurator, kind=kind, default=default)
 
 
+def pages_of_any_size(result, allocator, *_args, **_kwargs):
+    """After-hook on PagedTokenToKVPoolAllocator.__init__: its Triton kernels take pages of powers of two alone, which
+    three ranks cannot share; its own torch functions take any.
+    """
+    if allocator.page_size & (allocator.page_size - 1):
+        allocator.use_triton_kernels = False
+    return result
+
+
 def bytes_of_token(cell_size: int, *_args, **_kwargs) -> int:
     """After-hook on DefaultPoolConfigurator._compute_cell_size: what a token costs each of the ranks that share it."""
     config = Config.from_env()

@@ -8,13 +8,17 @@ with it, and partial results are merged in the order of the ranks, so that all g
     rank 2   rows x its keys --'
 """
 
+import logging
+
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from sglang_mm.kernels import causal_attention, merge
 from sglang_mm.kernels.merge import join_partials
-from sglang_mm.kernels.paged import PageTable, paged_attention
+from sglang_mm.kernels.paged import PageTable, backend_for, paged_attention
+from sglang_mm.serving.schedule import shape_of
 
+logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 1024  # of a prompt over its cached prefix: bounds the partial results of all ranks
 
 
@@ -31,6 +35,14 @@ class PagedAttentionBackend(AttentionBackend):
         self.req_to_token_pool = runner.req_to_token_pool
         self.token_to_kv_pool = runner.token_to_kv_pool
         self.needs_cpu_seq_lens = runner.device == "cpu"  # there the shapes come from them
+        self._tell_of_slow_kernel(shape_of(runner.model.model).q_heads)
+
+    def _tell_of_slow_kernel(self, heads: int) -> None:
+        """On a GPU where the kernel cannot run, plain torch does, and waits for the device in every layer."""
+        k, _ = self.token_to_kv_pool.get_kv_buffer(0)
+        kernel = backend_for(k.new_empty(1, heads, k.shape[-1]), k)
+        if self.device != "cpu" and kernel == "reference":
+            logger.warning("decoding is slow: no kernel for %d query heads over K/V %s", heads, tuple(k.shape[1:]))
 
     def init_forward_metadata(self, forward_batch):
         """What is needed is on the batch."""
@@ -82,14 +94,14 @@ class PagedAttentionBackend(AttentionBackend):
 
     def _over_all_ranks(self, q, layer, table: PageTable, follow_up: bool = False):
         """(out [t, Hq, D], lse [Hq, t]) over the keys of all ranks. follow_up: all rows are of one request."""
-        ptr = torch.tensor([0, len(q)], device=q.device) if follow_up else None
+        ptr = torch.arange(2, device=q.device) * len(q) if follow_up else None  # made there: a copy would be waited for
         pools = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         out, lse = paged_attention(q, *pools, table, scale=layer.scaling, queries_ptr=ptr)
         packed = torch.cat([out, lse.T.unsqueeze(-1)], dim=-1)  # one message
         size = self.transport.size
         parts = self.transport.all_to_all([packed] * size, [len(q)] * size, "partial results", kind="partials")
         gathered = torch.stack(parts)
-        return join_partials(gathered[..., :-1], gathered[..., -1].transpose(1, 2))
+        return join_partials(gathered[..., :-1], gathered[..., -1].transpose(1, 2).contiguous())
 
 
 def _by_heads(q, k, v, layer):

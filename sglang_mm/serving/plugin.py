@@ -14,6 +14,7 @@ HOOKS = {  # below sglang.srt: what runs after it, in every process
     "managers.tokenizer_manager.TokenizerManager.update_request_meta_info": "requests.remember",
     "model_executor.forward_batch_info.ForwardBatch.init_new": "record.note_chunks",
     "model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size": "kv_pool.bytes_of_token",
+    "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.__init__": "kv_pool.pages_of_any_size",
 }
 AROUND_HOOKS = {  # below sglang.srt: what runs around it, in every process
     "managers.tokenizer_manager.TokenizerManager._tokenize_one_request": "frontend.tokenize",

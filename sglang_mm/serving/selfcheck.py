@@ -21,6 +21,7 @@ PARAMETERS = {  # below sglang.srt, functions we call or override: the parameter
     "mem_cache.memory_pool:MHATokenToKVPool.set_kv_buffer": "layer loc_info cache_k cache_v",
     "mem_cache.kv_cache_configurator:KVCacheConfigurator._resolve_kv_pool_class": "self kind default",
     "model_executor.pool_configurator:DefaultPoolConfigurator._compute_cell_size": "self kvc",
+    "mem_cache.allocator.paged:PagedTokenToKVPoolAllocator": "size page_size",
     "mem_cache.allocation:get_last_loc": "req_to_token req_pool_indices_tensor prefix_lens_tensor",
     "layers.sampler:Sampler._sync_token_ids_across_tp": "self batch_next_token_ids sampling_info",
     "layers.logits_processor:LogitsMetadata.from_forward_batch": "forward_batch",
@@ -186,6 +187,10 @@ def _check_sharding(config: Config, runner) -> None:
             wrong.append(f"the decode backend is {runner.decode_attention_backend_str}")
         if not isinstance(runner.token_to_kv_pool, ShardedKVPool):
             wrong.append(f"the K/V pool is {type(runner.token_to_kv_pool)}, which is not sharded")
+        elif runner.token_to_kv_pool.residence != getattr(runner.model, "mm_residence", None):
+            wrong.append(f"K/V rest by {runner.token_to_kv_pool.residence}, the model reads by another")
+        elif runner.token_to_kv_pool_allocator.page_size != runner.token_to_kv_pool.residence.page:
+            wrong.append(f"slots come in pages of {runner.token_to_kv_pool_allocator.page_size} tokens")
     if runner.token_to_kv_pool.dtype != runner.dtype:
         wrong.append(f"K/V are kept as {runner.token_to_kv_pool.dtype}, the model computes in {runner.dtype}")
     if wrong:

@@ -44,6 +44,9 @@ SHARED_PAGES = {  # the same, but only where replicas share pages of K/V
         "leave it out, or pass --kv replicated",
     ),
     "enable_lmcache": (False, "only K/V on the devices are sharded", "leave it out, or pass --kv replicated"),
+    "enable_flexkv": (False, "only K/V on the devices are sharded", "leave it out, or pass --kv replicated"),
+    "enable_unified_cache_external_linker": (False, "K/V elsewhere are not sharded", "leave it out"),
+    "radix_cache_backend": (None, "K/V elsewhere are not sharded", "leave it out, or pass --kv replicated"),
     "enable_unified_memory": (False, "its pool has other pages", "leave it out, or pass --kv replicated"),
     "enable_kv_cache_sharding": (False, "it is SGLang's own sharding of K/V", "leave it out"),
 }
@@ -81,7 +84,7 @@ def server_settings(config: Config, *, on_cpu: bool) -> tuple[dict, dict]:
     may: dict = {"media_url_max_file_size_mb": MEDIA_MB}
     if config.cp > 1:
         must |= {"attn_cp_size": config.cp, "prefill_attention_backend": PREFILL_BACKEND}
-        # one chunk: a chunk would attend to a prefix that every rank reads whole
+        # one chunk: each one attends to all before it, whose keys or queries travel again
         may |= {"chunked_prefill_size": -1, "disable_prefill_cuda_graph": True}
         # SGLang's defaults kill a prefill of over 5 minutes and reserve a slot table of 2048 longest prompts
         may |= {"watchdog_timeout": 3600, "max_running_requests": 64}

@@ -12,7 +12,7 @@ from sglang_mm.parallel.stopwatch import Stopwatch
 from sglang_mm.parallel.transport import Transport
 
 STAGES = ("vision", "exchange", "attention", "transport", "rest")
-KINDS = ("kv", "embeddings", "rows", "checks")  # of messages; see parallel/meter.py
+KINDS = ("kv", "queries", "embeddings", "rows", "checks")  # of messages; see parallel/meter.py
 
 
 def tokens_by_modality(mm_inputs, start: int, stop: int) -> dict[str, int]:

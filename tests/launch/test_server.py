@@ -52,7 +52,7 @@ def test_serves_and_stops(ending, checkpoint, tmp_path):
         server.wait_until_ready(process, log)
         said = log.read_text()
         backends = "backends   prefill mm_ring, decode "
-        sizes = ("bytes per token and rank", "fits       prompt + answer of up to")
+        sizes = ("each rank keeps 32 of the 64 tokens of a page", "fits       prompt + answer of up to")
         for line in ("tp 1 x cp 2 = 2 ranks", "schedule auto", backends, *sizes, f"127.0.0.1:{port}"):
             assert line in said
         url = f"http://127.0.0.1:{port}"

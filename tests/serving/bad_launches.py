@@ -18,6 +18,8 @@ FLAGS = [
     ["--disaggregation-mode", "prefill"], ["--enable-dp-attention"], ["--dp-size", "2"], ["--enable-prefill-cp"],
     ["--attn-cp-size", "2"], ["--nnodes", "2"], ["--kv-cache-dtype", "fp8_e4m3"], ["--is-embedding"],
     ["--smg-grpc-mode"], ["--encoder-only"], ["--tokenizer-worker-num", "2"],
+    ["--page-size", "33"], ["--chunked-prefill-size", "300"], ["--decode-attention-backend", "torch_native"],
+    ["--enable-hierarchical-cache"], ["--enable-kv-cache-sharding"],
 ]  # fmt: skip
 OURS = [
     ["--cp", "0"], ["--tp", "-1"], ["--cp-min-tokens", "0"], ["--deadline", "0"],

@@ -23,7 +23,7 @@ def run_broken_scheduler(*args, **kwargs) -> None:
     from sglang_mm.serving import agreement, backend, embed, paged_backend
 
     agreement._drawn_by_all = _drawing_another_token(agreement._drawn_by_all)
-    paged_backend.paged_attention = _forgetting_keys(paged_backend.paged_attention)
+    backend.paged_attention = paged_backend.paged_attention = _forgetting_keys(backend.paged_attention)
     backend.attend_pieces = _dropping_a_remote_piece(backend.attend_pieces)
     embed.encode_frames = _swapping_two_frames(embed.encode_frames)
     ring.merge = _merging_without_weights(ring.merge)
@@ -79,9 +79,9 @@ def _forgetting_keys(attend):
 def _drawing_another_token(exchange):
     """Rank 1 draws what rank 0 does not."""
 
-    def drawn_by_all(token_ids, ring):
-        if fault() == "another token drawn" and ring.rank == 1:
+    def drawn_by_all(token_ids, circle):
+        if fault() == "another token drawn" and circle.rank == 1:
             token_ids += 1
-        return exchange(token_ids, ring)
+        return exchange(token_ids, circle)
 
     return drawn_by_all

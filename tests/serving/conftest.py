@@ -46,6 +46,12 @@ def long_prompt(prompts) -> cases.Case:
     return cases.Case("long prompt", {"input_ids": [99, *(text * 12)[: LONG_PROMPT - 1]]})
 
 
+def long_question(prompts) -> cases.Case:
+    """Many new tokens about far more cached ones, and beside it a prompt that is not cached at all."""
+    long, (text,) = long_prompt(prompts), [case.request["input_ids"] for case in prompts if case.name == "text"]
+    return cases.Case("long question", {"input_ids": [[*long.request["input_ids"], *text[:540]], [100, *text[:530]]]})
+
+
 @pytest.fixture(scope="session")
 def answers(checkpoint, prompts):
     """answers(tp, cp, schedule): everything asked of one engine, started when first wanted and then closed."""
@@ -82,6 +88,9 @@ def answers(checkpoint, prompts):
         told = {"long prompt": ask("generate", **cases.generate_arguments(long_prompt(prompts)))}
         if cp > 1:
             told["long answers"] = ask("tests.serving.dialogue:long_answers", asked_at_length(prompts), LONG_ANSWER)
+            told["most decoded"] = [state["most_decoded"] for state in ask("rank_states")]
+        question = ask("generate", **cases.generate_arguments(long_question(prompts)))
+        told["long question"], told["beside it"] = question
         return told | {
             "streamed": ask("tests.serving.dialogue:streamed", cases.generate_arguments(later)),
             "sampled": ask("tests.serving.dialogue:sampled_then_scored", text.request),

@@ -12,12 +12,16 @@ import sglang_mm
 from sglang_mm.serving import worker
 
 DEADLINE_S = 60
+_decoded = {"rows": 0}  # of this rank: the largest batch it has decoded
 STATES = "SGLANG_MM_TEST_STATES"  # a directory with one file per rank
 
 
 def run_observed_scheduler(*args, **kwargs) -> None:
     from sglang.srt.managers.scheduler import Scheduler
 
+    from sglang_mm.serving.paged_backend import PagedAttentionBackend
+
+    PagedAttentionBackend.forward_decode = _counting(PagedAttentionBackend.forward_decode)
     Scheduler.get_internal_state = _telling(Scheduler.get_internal_state)
     worker.run_scheduler_process(*args, **kwargs)
 
@@ -43,6 +47,14 @@ class ObservedEngine(sglang_mm.Engine):
         return [json.loads(path.read_text()) for path in told]
 
 
+def _counting(original):
+    def forward_decode(self, q, *args, **kwargs):
+        _decoded["rows"] = max(_decoded["rows"], len(q))
+        return original(self, q, *args, **kwargs)
+
+    return forward_decode
+
+
 def _telling(original):
     from sglang.srt.runtime_context import get_parallel
 
@@ -55,6 +67,7 @@ def _telling(original):
             "locked": cache.protected_size(),
             "free_requests": self.req_to_token_pool.available_size(),
             "requests": self.req_to_token_pool.size,
+            "most_decoded": _decoded["rows"],
             "resident_bytes": psutil.Process().memory_info().rss,
         }
         path = Path(os.environ[STATES], f"rank {get_parallel().tp_rank}")

@@ -7,7 +7,7 @@ from tests.serving.cases import SAMPLING, follow_ups, generate_arguments
 from tests.serving.engine_process import engine
 
 pytestmark = pytest.mark.slow
-CHUNK = 320
+CHUNK = 256
 SCORED = ["input logprobs", "asked tokens"]
 NAMES = ["text", "one image", "three images", "one video", "video file", "interleaved"]
 

@@ -7,6 +7,7 @@ import pytest
 from tests.serving import compare
 from tests.serving.broken import FAULT_FILE
 from tests.serving.cases import generate_arguments
+from tests.serving.conftest import long_prompt, long_question
 from tests.serving.engine_process import engine
 
 FAULTS = ["none", "remote piece dropped", "frame swapped", "merge without weights", "resting keys forgotten"]
@@ -26,8 +27,21 @@ def broken_answers(checkpoint, prompts, tmp_path_factory) -> dict:
                 path.write_text(fault)
                 ask("flush_cache")
                 told[fault] = ask("generate", **generate_arguments(case))
+            told["long question"] = questions(ask, path, prompts)
     finally:
         del os.environ[FAULT_FILE]
+    return told
+
+
+def questions(ask, path, prompts) -> dict:
+    """The question about many cached keys, asked where all ranks know theirs and where one has forgotten them."""
+    told = {}
+    for fault in ("none", "resting keys forgotten"):
+        path.write_text("none")
+        ask("flush_cache")
+        ask("generate", **generate_arguments(long_prompt(prompts)))
+        path.write_text(fault)
+        told[fault], _ = ask("generate", **generate_arguments(long_question(prompts)))
     return told
 
 
@@ -55,3 +69,10 @@ def test_replicas_settle_on_one_token_and_tell(answers, broken_answers):
     assert passes(settled, single) and passes(afterwards, single)
     told = [compare.record_of(answer).get("differing_tokens", 0) for answer in (settled, afterwards)]
     assert sum(told) >= len(single["output_ids"]) - 1 and told[1] > 0
+
+
+def test_keys_forgotten_where_queries_travel_are_noticed(answers, broken_answers):
+    single = answers(1, 1)["long question"]
+    for fault, mine in broken_answers["long question"].items():
+        assert compare.record_of(mine)["cached_by"] == "queries"
+        assert passes(mine, single) == (fault == "none")

@@ -47,10 +47,25 @@ def test_long_answers_equal_one_rank_under_teacher_forcing(answers, single, topo
 
 @pytest.mark.parametrize("topology", SHARDED, ids=lambda topology: f"cp{topology[1]}-{topology[2]}")
 def test_long_answers_are_decoded_together(answers, topology):
-    """At the same time, and over prefixes that were in the cache."""
+    """In one batch, and over prefixes that were in the cache."""
     mine = answers(*topology)["long answers"]
+    assert answers(*topology)["most decoded"] == [len(mine)] * topology[1]
     assert max(answer["meta_info"]["cached_tokens"] for answer in mine) > 500
     assert {compare.record_of(answer)["schedule"] for answer in mine} >= {"stock"}
+
+
+@pytest.mark.parametrize("topology", SHARDED, ids=lambda topology: f"cp{topology[1]}-{topology[2]}")
+def test_queries_travel_to_many_cached_keys_and_few_keys_travel(answers, topology):
+    told, single = answers(*topology), answers(1, 1)
+    for name in ("long question", "beside it"):
+        assert told[name]["output_ids"] == single[name]["output_ids"]
+        assert compare.largest_difference(told[name], single[name]) <= compare.TOLERANCE
+        record = compare.record_of(told[name])
+        assert (record["cached_by"], record["batch"]) == ("queries", 2) and record["schedule"] != "stock"
+        assert all(record["bytes_sent"]["queries"])
+    assert compare.record_of(told["long question"])["cached_tokens"] > 0.95 * LONG_PROMPT
+    assert compare.record_of(told["cached prefix"])["cached_by"] == "keys"
+    assert compare.record_of(told["beside it"])["cached_tokens"] < 66
 
 
 def test_four_ranks_take_a_prompt_that_one_of_the_same_memory_refuses(answers, single):

@@ -150,7 +150,8 @@ def test_the_last_records_are_kept(monkeypatch):
 
 def test_a_line_has_all_of_the_record():
     assert requests.line("a", RING) == (
-        "request a: ring on 2 ranks; 31,204 new tokens (text 42, video 31,162), 512 cached (queries travelled); 2 chunks; "
+        "request a: ring on 2 ranks; 31,204 new tokens (text 42, video 31,162), 512 cached (queries travelled); "
+        "2 chunks; "
         "in a batch of 2; rows per rank 15,602 15,602; frames encoded per rank 4 4; "
         "prefill 8.250 s (vision 1.500, attention 4.000, transport 1.000); "
         "predicted ring 5.000 s, gather 6.500 s; sent kv 1.0 GiB, embeddings 1.5 KiB"

@@ -1,4 +1,7 @@
-"""Answers that are interrupted for want of room, and taken up again: pages of all ranks come and go together."""
+"""Answers that are interrupted, and taken up again: pages of all ranks come and go together."""
+
+import os
+from unittest import mock
 
 import pytest
 
@@ -8,16 +11,19 @@ from tests.serving.engine_process import engine
 
 pytestmark = pytest.mark.slow
 PAGES, PAGE, TOKENS = 44, 66, 128
+OFTEN = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}  # SGLang's own: every 40th decode step
 
 
 @pytest.fixture(scope="module")
 def told(checkpoint, prompts) -> dict:
-    """The same requests side by side, where there is no room for all of them, and one after another."""
+    """The same requests side by side, interrupted again and again, and one after another, where the last one stays."""
     requests = asked_at_length(prompts)
     requests[1] = {"input_ids": requests[0]["input_ids"][::-1]}
-    # SGLang then admits requests as if answers were short
-    arguments = {"cp": 3, "max_total_tokens": PAGES * PAGE, "schedule_conservativeness": 0.01}
-    with engine("tests.serving.observed:ObservedEngine", model_path=checkpoint, **arguments) as ask:
+    arguments = {"cp": 3, "max_total_tokens": PAGES * PAGE}
+    with (
+        mock.patch.dict(os.environ, OFTEN),
+        engine("tests.serving.observed:ObservedEngine", model_path=checkpoint, **arguments) as ask,
+    ):
         together = ask("tests.serving.dialogue:long_answers", requests, TOKENS, 0.0)
         states = ask("rank_states")
         alone = [ask("tests.serving.dialogue:long_answers", [request], TOKENS, 0.0)[0] for request in requests]
