@@ -11,6 +11,7 @@ from sglang.srt.managers.io_struct import SessionParams
 
 from sglang_mm.serving.media_access import RequestError, resolve
 from sglang_mm.serving.prompt_limit import PromptLimit
+from sglang_mm.serving.storing import LEASE
 
 MAX_SAMPLES = 1024  # `n`: SGLang copies the whole request so often before it looks at it
 LARGEST_BIAS = 1e30  # a bias of every token by -1e38 leaves no token to sample
@@ -46,6 +47,16 @@ def admit_media(check_limits, manager, obj):
 
 def admit_prompt(validate, manager, obj, input_ids):
     """Around-hook on TokenizerManager._validate_one_request: the ids a rank would get, media expanded."""
+    try:
+        _check_prompt(manager, obj, input_ids)
+        return validate(manager, obj, input_ids)
+    except Exception:
+        if (lease := getattr(obj, LEASE, None)) is not None:
+            lease.discard()  # its pixels are stored already, and no rank has heard of them
+        raise
+
+
+def _check_prompt(manager, obj, input_ids) -> None:
     ids = input_ids if input_ids is not None else []
     if not len(ids) and obj.input_embeds is None and not (getattr(obj, "session_params", None) or {}).get("id"):
         raise RequestError("a prompt of no tokens", "at least one token", "send text, or input_ids")
@@ -67,7 +78,6 @@ def admit_prompt(validate, manager, obj, input_ids):
     )
     for name in ("multi_item_delimiter_indices", "token_indices_to_pool"):
         _within(name, getattr(obj, name, None), 0, len(ids) - 1, "name places of the prompt")
-    return validate(manager, obj, input_ids)
 
 
 def _check_no_markers(manager, ids) -> None:

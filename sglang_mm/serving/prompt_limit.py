@@ -39,5 +39,6 @@ class PromptLimit:
 
     @property
     def _memory(self) -> str:
-        ranks = "a rank" if self.keepers == 1 else f"{self.keepers} ranks that share K/V"
-        return f"the memory of {ranks}, for K/V and for what a prefill needs besides"
+        if self.keepers == 1:
+            return "the memory of a rank, for K/V and for what a prefill needs besides"
+        return f"the memory of {self.keepers} ranks, for the K/V that they share and for what a prefill needs besides"

@@ -40,6 +40,18 @@ PARAMETERS = {  # below sglang.srt, functions we call or override: the parameter
     "managers.io_struct:GenerateReqInput.normalize_batch_and_arguments": "self",
     "utils.common:download_remote_media": "url timeout",
     "multimodal.processors.base_processor:BaseMultimodalProcessor._load_single_item": "data modality",
+    "multimodal.processors.base_processor:BaseMultimodalProcessor._resolve_processor": "processor",
+    "multimodal.processors.base_processor:BaseMultimodalProcessor.load_mm_data": "prompt multimodal_tokens video_data",
+    "multimodal.processors.base_processor:BaseMultimodalProcessor.process_and_combine_mm_data": (
+        "base_output mm_tokens processor"
+    ),
+    "multimodal.processors.base_processor:BaseMultimodalProcessor.process_and_combine_mm_data_async": (
+        "base_output mm_tokens"
+    ),
+    "multimodal.processors.hash_executor:MultimodalHashExecutor.set_pad_values": "items",
+    "multimodal.processors.qwen_vl:QwenVLImageProcessor.process_mm_data_async": "image_data input_text request_obj",
+    "managers.schedule_batch:MultimodalDataItem.set_hash": "hash_value",
+    "managers.tokenizer_manager:TokenizerManager._release_req_states_on_failure": "request_states",
     "multimodal.processors.qwen_vl:smart_nframes": "ele total_frames video_fps",
     "multimodal.processors.qwen_vl:smart_resize": "height width min_pixels max_pixels",
     "utils.common:load_video": "video_file",
@@ -52,7 +64,11 @@ PARAMETERS = {  # below sglang.srt, functions we call or override: the parameter
 }
 FIELDS = {  # below sglang.srt, data we read or write
     "managers.io_struct:GenerateReqInput": "log_metrics",
-    "managers.schedule_batch:MultimodalDataItem": "offsets feature precomputed_embeddings",
+    "managers.schedule_batch:MultimodalDataItem": (
+        "modality hash offsets format feature precomputed_embeddings model_specific_data pad_values"
+    ),
+    "managers.tokenizer_manager:ReqState": "obj finished dispatched",
+    "multimodal.processors.base_processor:BaseMultiModalProcessorOutput": "images videos",
     "model_executor.forward_batch_info:ForwardBatch": (
         "extend_prefix_lens_cpu extend_seq_lens_cpu mm_inputs mrope_positions "
         "out_cache_loc capture_hidden_mode req_pool_indices seq_lens seq_lens_cpu extend_prefix_lens"

@@ -26,6 +26,7 @@ from sglang_mm.pixels.wire import ANSWER_DEADLINE_S, LOOPBACK
 logger = logging.getLogger(__name__)
 BYTES = {"do_rescale": False, "do_normalize": False}
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+LEASE = "sglang_mm_media"  # on SGLang's request object, which lives until the request has ended
 LINGER_S = 5.0  # on one machine: a rank may hear of a request, and open its files, so much later than rank 0
 PAIR = 2  # frames that a patch may span; a video is cut between such pairs
 

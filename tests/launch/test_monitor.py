@@ -16,7 +16,14 @@ import pytest
 
 from sglang_mm.demo.server import free_port
 from sglang_mm.events import EventHub, Publisher
-from sglang_mm.events.messages import LayerDone, PrefillEnded, PrefillStarted, RequestRecord, StageStarted
+from sglang_mm.events.messages import (
+    LayerDone,
+    MediaProgress,
+    PrefillEnded,
+    PrefillStarted,
+    RequestRecord,
+    StageStarted,
+)
 from sglang_mm.launch import monitor_board
 from sglang_mm.launch.monitor_board import Board
 from sglang_mm.launch.monitor_views import columns, printable
@@ -247,6 +254,34 @@ def test_health_checks_are_not_shown():
     for rank in range(2):
         assert board.apply(started(rank, requests=("HEALTH_CHECK_1",))) == [] and board.running == {}
     assert [board.apply(ended(rank)) for rank in range(2)] == [[], []] and board.requests == 0
+
+
+def reads(done: int, request: str = "a", **more) -> MediaProgress:
+    return MediaProgress(request=request, medium=1, done=done, frames=7200, seconds=20.0, **more)
+
+
+def test_a_video_that_is_read_is_shown_until_its_prefill(told):
+    address, telling = told
+    running = start("--events", address, "--requests", "1")
+    running.stdout.readline()
+    telling.emit(reads(1800, "later"))
+    while not (line := running.stdout.readline()).startswith("later"):
+        assert line
+    assert line == "later  video 2, 7,200 frames   25%  reading  20 s, 60 s left\n"
+    for message in (ended(0), ended(1)):
+        telling.emit(message)
+    assert end_of(running)[::2] == (0, "")
+
+
+def test_videos_on_the_board():
+    board = Board()
+    assert board.apply(reads(0)) == board.apply(reads(3600)) == board.apply(reads(5, "b")) == []
+    assert [told.done for told in board.reading.values()] == [3600, 5]
+    assert board.apply(reads(7200, ended=True)) == [] and list(board.reading) == [("b", 1)]
+    board.apply(started(0, requests=("b",)))
+    assert board.reading == {}, "its end was not heard of, but its prefill is under way"
+    assert board.apply(reads(9, "HEALTH_CHECK_1")) == [] and board.reading == {}
+    assert board.apply(reads(9, ended=True, error="E: x")) == ["a  video 2 failed after 20.0 s: E: x"]
 
 
 def test_odd_events_do_not_stop_it():

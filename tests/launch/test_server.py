@@ -46,8 +46,10 @@ def start(arguments: list[str], log) -> subprocess.Popen:
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_serves_and_stops(ending, checkpoint, tmp_path):
-    port, log = server.free_port(), tmp_path / "log"
-    process = start(["--model-path", checkpoint, "--cp", "2", "--port", str(port), "--cp-min-tokens", "64"], log)
+    port, log, media = server.free_port(), tmp_path / "log", tmp_path / "media"
+    media.mkdir()
+    flags = ["--cp", "2", "--port", str(port), "--cp-min-tokens", "64", "--media-dir", str(media)]
+    process = start(["--model-path", checkpoint, *flags], log)
     try:
         server.wait_until_ready(process, log)
         said = log.read_text()
@@ -65,9 +67,10 @@ def test_serves_and_stops(ending, checkpoint, tmp_path):
         status = requests.get(f"{url}/sglang_mm/status", timeout=10).json()
         assert status["requests"]["ring"] == 1 and status["fallbacks"]["below --cp-min-tokens"] >= 1
         assert "not sharded: below --cp-min-tokens" in log.read_text()
+        assert len(list(media.iterdir())) == 1
         process.send_signal(ending)
         process.wait(30)
-        assert not wait_until_none_left(process.pid, 10)
+        assert not wait_until_none_left(process.pid, 10) and not list(media.iterdir())
     finally:
         server.stop(process)
 

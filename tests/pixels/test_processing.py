@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_mm.config import Config
 from sglang_mm.pixels import PatchStore, StoredPatches
 from sglang_mm.tiny import write_checkpoint, write_video
 from tests.pixels.processing import picture, processed, processing, request, sent_video
@@ -106,6 +107,30 @@ def test_a_refused_request_leaves_no_file(checkpoint, video, tmp_path):
         with pytest.raises(ValueError, match="Remedy"):
             processed(processor, asked)
         assert store.files() == []
+
+
+@pytest.mark.parametrize(("turn", "by_reference"), [({}, True), ({"session_params": {"id": "s"}}, False)])
+def test_turns_of_a_session_for_other_machines_travel_by_value(checkpoint, tmp_path, turn, by_reference):
+    """Ranks there could not ask for what an ended turn showed; here they have it open."""
+    with processing(checkpoint) as make, PatchStore(tmp_path, "127.0.0.2") as far, PatchStore(tmp_path) as near:
+        for store, expected in ((far, by_reference), (near, True)):
+            asked = request(images=[picture(100, 200)])
+            vars(asked).update(turn)
+            (item,) = processed(make(store), asked).mm_items
+            assert isinstance(item.feature, StoredPatches) == expected
+
+
+def test_how_long_files_linger(checkpoint, tmp_path):
+    from types import SimpleNamespace
+
+    with processing(checkpoint):
+        from sglang_mm.serving import storing
+
+        config = Config(deadline_s=100, media_dir=str(tmp_path))
+        for nodes, seconds in ((1, storing.LINGER_S), (2, 160)):
+            asked = SimpleNamespace(nnodes=nodes, dist_init_addr="127.0.0.2:1")
+            with storing.open_store(config, asked) as store:
+                assert store.linger_s == seconds and store.is_for_one_machine == (nodes == 1)
 
 
 def test_a_full_disk_is_told_to_the_client(checkpoint, video, tmp_path, monkeypatch):

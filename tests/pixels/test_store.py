@@ -8,12 +8,13 @@ import pickle
 import shutil
 import signal
 import stat
+import time
 
 import pytest
 import torch
 
 from sglang_mm.errors import ConfigError, SglangMMError
-from sglang_mm.pixels import DIRECTORY, NoRoom, PatchStore, PixelsGone, Scaling, StoredPatches, store, writing
+from sglang_mm.pixels import DIRECTORY, NoRoom, PatchStore, PixelsGone, Scaling, StoredPatches, store, wire, writing
 from sglang_mm.pixels.stored import PatchFile
 
 WIDTH = 12
@@ -135,6 +136,35 @@ def test_a_handle_that_was_opened_reads_on_when_the_file_is_gone(kept):
     late = pickle.loads(pickle.dumps(opened))  # unpickling is harmless
     with pytest.raises(PixelsGone, match="their request has ended"):
         late.rows(0, 1)
+
+
+def test_a_copy_of_an_open_handle_is_open(kept):
+    lease, data = kept.lease(), bytes_of(6)
+    handle = StoredPatches.of([written(lease, data)], PLAIN)
+    lease.release()
+    for copied in (copy.copy(handle), copy.deepcopy(handle), copy.deepcopy({"feature": handle})["feature"]):
+        assert torch.equal(copied.rows(0, 6), data)
+
+
+def test_files_linger_for_ranks_that_are_behind(tmp_path, monkeypatch):
+    with PatchStore(tmp_path, linger_s=1.5) as made:
+        monkeypatch.setenv(DIRECTORY, made.environment[DIRECTORY])
+        lease, unheard, data = made.lease(), made.lease(), bytes_of(6)
+        sent = pickle.dumps(StoredPatches.of([written(lease, data)], PLAIN))
+        written(unheard, data)
+        unheard.discard()
+        assert len(made.files()) == 1 and not unheard.alive, "of which no rank has heard"
+        del lease
+        ended = time.monotonic()
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setenv(wire.MACHINE, "another machine")
+            assert torch.equal(pickle.loads(sent).rows(0, 6), data), "through the store"
+        late = pickle.loads(sent)
+        while made.files():
+            assert time.monotonic() - ended < 30
+            time.sleep(0.02)
+        assert time.monotonic() - ended > 1.4
+        assert torch.equal(late.rows(0, 6), data)
 
 
 def test_nothing_is_written_for_a_request_that_has_ended(kept):

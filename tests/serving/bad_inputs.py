@@ -194,7 +194,7 @@ def markers(directory: Path) -> list[Request]:
 
 
 def prompts(directory: Path) -> list[Request]:
-    fits = f"fewer than {KV_TOKENS - 6:,} tokens in a prompt, bound by the K/V memory"
+    fits = f"fewer than {KV_TOKENS // 64 * 64 - 6:,} tokens in a prompt, bound by the memory of 2 ranks"  # whole pages
     return [
         generate("text longer than fits", "a" * (KV_TOKENS + 1), fits),
         chat("video longer than fits", [video(directory / "long.mp4"), TEXT], fits),

@@ -30,7 +30,6 @@ from sglang_mm.serving.media_access import RequestError
 from sglang_mm.serving.media_check import ASPECT, PREPARE, PREPARED, check_markers, check_prepared, unreadable
 from sglang_mm.types import digest64
 
-LEASE = "sglang_mm_media"  # on SGLang's request object, which lives until the request has ended
 _lease: ContextVar[Lease | None] = ContextVar("lease of the request in this task", default=None)
 POSITIONS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")  # what M-RoPE depends on besides the ids
 
@@ -73,7 +72,7 @@ class TimedQwenVLProcessor(qwen_vl.QwenVLImageProcessor):
             text = input_text if isinstance(input_text, str) else self._tokenizer.decode(input_text)
             check_markers(text, self.mm_tokens, {kind: len(some) for kind, some in media.items()})
         lease = self._lease_for(request_obj)
-        setattr(request_obj, LEASE, lease)
+        setattr(request_obj, storing.LEASE, lease)
         of_task = _lease.set(lease)
         try:
             output = await self._processed(prepared, image_data, input_text, request_obj, *args, **kwargs)
