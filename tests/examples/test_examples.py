@@ -19,6 +19,7 @@ from tests.examples.sgl_video import as_sgl_video, frames_of
 from tests.house.source import ROOT
 
 PAIR = 144  # tokens of two frames of 224 x 224, enlarged to the least size of a video: 12 x 12 cells of 28 x 28
+PAGE = 64  # prefix hits end with a page of K/V
 TOLERANCE = 1e-4  # what this project allows between two computations of one log-probability in fp32
 needs_opencv = pytest.mark.skipif(importlib.util.find_spec("cv2") is None, reason="sgl.video reads files by OpenCV")
 
@@ -152,13 +153,13 @@ def test_times_reach_the_model(served):
 def test_the_cache_knows_times(told):
     guessed, timed, again = (told[name] for name in ("half a second apart", "as far apart as they are", "again"))
     assert guessed["prompt_tokens"] == timed["prompt_tokens"]
-    assert (timed["cached_tokens"], again["cached_tokens"]) == (0, timed["prompt_tokens"] - 1)
+    assert (timed["cached_tokens"], again["cached_tokens"]) == (0, (timed["prompt_tokens"] - 1) // PAGE * PAGE)
 
 
 def test_later_turns_and_forks_find_the_video_cached(told):
     first, second = told["turns"]
-    assert second["cached_tokens"] >= first["prompt_tokens"] > 3 * PAIR
-    assert all(fork["cached_tokens"] > 3 * PAIR for fork in told["forks"])
+    assert second["cached_tokens"] > first["prompt_tokens"] - PAGE > 2 * PAIR
+    assert all(fork["cached_tokens"] > 3 * PAIR - PAGE for fork in told["forks"])
 
 
 def test_batches_streams_and_constraints(told):
@@ -180,7 +181,7 @@ def test_openai_client(said):
 def test_multi_turn(said):
     counts = re.findall(r"(\d+) tokens of prompt, of them cached: (\d+)", said["multi_turn.py"])
     (first, _), (second, cached) = (map(int, pair) for pair in counts)
-    assert second > first and second > cached > 8 * PAIR
+    assert second > first and second > cached > 8 * PAIR - PAGE
 
 
 def test_logprobs(said):

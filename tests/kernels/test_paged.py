@@ -154,8 +154,8 @@ def test_cpu_flash_is_for_the_cpu():
     there = PageTable(slots.to("meta"), one, one, [1], Residence(1, 0, 4))
     with pytest.raises(ConfigError, match="needs tensors on cpu, not meta"):
         paged_attention(q, pool, pool, there, scale=1.0, backend="cpu_flash")
-    assert paged._choose("auto", q, pool) == "reference"
-    assert paged._choose("auto", torch.zeros(1, 2, 8), pool) == "cpu_flash"
+    assert paged.backend_for(q, pool) == "reference"
+    assert paged.backend_for(torch.zeros(1, 2, 8), pool) == "cpu_flash"
 
 
 @pytest.mark.parametrize(
