@@ -97,7 +97,8 @@ def assert_exact(got: tuple[Tensor, Tensor], case: Case, rank: int | None = None
     """Compare with dense attention in fp64 over the keys that `rank` keeps, or over all, request by request.
 
     merges: of partial results, one for each chunk, part or rank. Weights of 16-bit inputs are rounded to them before
-    they meet the values: half an eps of the largest value.
+    they meet the values: half an eps of the largest value. A dense result of few keys can be exact by chance: one
+    rounding of the largest value is allowed for each merge.
     """
     out, lse = (each.cpu() for each in got)
     for rows, kept, k, v in _requests(case, rank):
@@ -111,8 +112,10 @@ def assert_exact(got: tuple[Tensor, Tensor], case: Case, rank: int | None = None
         )
         wanted = exact(*given)
         limits = list(tolerances(wanted, *given, out.dtype, merges))
-        if k.dtype.itemsize == 2 and len(kept):
-            limits[0] += torch.finfo(k.dtype).eps / 2 * float(v[kept].abs().max())
+        if len(kept):
+            largest = float(v[kept].abs().max())
+            limits[0] += (1 + merges) * torch.finfo(out.dtype).eps * largest
+            limits[0] += torch.finfo(k.dtype).eps / 2 * largest if k.dtype.itemsize == 2 else 0
         for name, one, want, limit in zip(("out", "lse"), (out[rows], lse[:, rows]), wanted, limits):
             assert one.shape == want.shape, f"{name}: {one.shape}, not {want.shape}"
             assert torch.equal(one.isinf(), want.isinf()) and not one.isnan().any(), (
