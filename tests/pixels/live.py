@@ -101,12 +101,16 @@ async def batch(engine, video: str) -> dict:
 
 
 async def refused(engine, video: str) -> dict:
-    """What is found to be too long when its frames have been written."""
-    before = set(engine.mm_pixels.files())
+    """What is found to be too long when its frames have been written: a lease more, and no file."""
+    before, leases = set(engine.mm_pixels.files()), len(engine.leases)
     try:
         await engine.ask(**question(video, "word " * 20_000), sampling_params=SAMPLING)
     except ValueError as error:
-        return {"error": str(error), "written": len(set(engine.mm_pixels.files()) - before)}
+        return {
+            "error": str(error),
+            "written": len(engine.leases) - leases,
+            "left": set(engine.mm_pixels.files()) - before,
+        }
     return {}
 
 

@@ -43,6 +43,7 @@ def test_several_answers_and_batches(told):
 
 def test_refused_when_its_frames_were_written(told):
     assert "Remedy" in told["refused"]["error"] and told["refused"]["written"] == 1
+    assert not told["refused"]["left"], "no rank has heard of them: nothing lingers"
 
 
 def test_an_abort_between_chunks(told):
