@@ -25,7 +25,7 @@ ROWS_AT_ONCE = 1024  # of a prompt over its cached prefix: bounds the partial re
 class PagedAttentionBackend(AttentionBackend):
     """Shapes at the SGLang seam: q [t, Hq * D], k and v [t, Hkv, D], the same t rows on every rank; out [t, Hq * D].
 
-    A decode step waits for nothing and has no shape that depends on what is on the device.
+    On a GPU a decode step has no shape that depends on what is on the device, and its host reads nothing from there.
     """
 
     def __init__(self, runner):
