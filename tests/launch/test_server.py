@@ -60,12 +60,13 @@ def test_serves_and_stops(ending, checkpoint, tmp_path):
         url = f"http://127.0.0.1:{port}"
         body = {"text": "long enough " * 10, "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
         told = requests.post(f"{url}/generate", json=body, timeout=60).json()["meta_info"]
-        assert told["sglang_mm"][0]["schedule"] == "ring"
+        schedule = told["sglang_mm"][0]["schedule"]
+        assert schedule in ("ring", "gather")
         assert requests.get(f"{url}/sglang_mm/requests/{told['id']}", timeout=10).json() == told["sglang_mm"][0]
         assert requests.get(f"{url}/sglang_mm/requests/nobody", timeout=10).status_code == 404
         requests.post(f"{url}/generate", json={**body, "text": "short"}, timeout=60)
         status = requests.get(f"{url}/sglang_mm/status", timeout=10).json()
-        assert status["requests"]["ring"] == 1 and status["fallbacks"]["below --cp-min-tokens"] >= 1
+        assert status["requests"][schedule] == 1 and status["fallbacks"]["below --cp-min-tokens"] >= 1
         assert "not sharded: below --cp-min-tokens" in log.read_text()
         assert len(list(media.iterdir())) == 1
         process.send_signal(ending)

@@ -25,7 +25,7 @@ def long_answers(checkpoint, tmp_path_factory) -> dict:
 
 def test_two_ranks_equal_one(long_answers):
     record = compare.record_of(long_answers[2])
-    assert record["new_tokens"] > 32_000 and record["schedule"] == "ring"
+    assert record["new_tokens"] > 32_000 and record["schedule"] in ("ring", "gather")
     assert max(record["rows_per_rank"]) <= 1.05 * record["new_tokens"] / 2
     assert long_answers[2]["output_ids"] == long_answers[1]["output_ids"]
     assert compare.largest_difference(long_answers[2], long_answers[1]) <= compare.TOLERANCE
