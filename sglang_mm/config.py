@@ -10,6 +10,7 @@ ENV = "SGLANG_MM_CONFIG"
 SCHEDULES = ("auto", "ring", "gather")
 VISIONS = ("frames", "stock")
 KV = ("sharded", "replicated")
+BACKENDS = ("auto", "triton", "flashinfer", "fa4", "cpu", "reference")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Config:
     deadline_s: seconds any rank waits for another before it raises.
     allow_local_media: directories below which requests may name local files; empty leaves the default, which is
     any file for an Engine and for a server on loopback, and none for a server that others can reach.
+    sparse: `off` for dense attention, `auto` for the plan in the checkpoint's folder or else the online rule, or the
+    path of a plan. kernel_backend: what runs its tile programs. sparse_min_tokens: new tokens from which a request is
+    sparse. keep_selections: a directory for what each sparse request selected; empty: not kept.
     media_dir: where the server makes the directory for pixels of requests; empty: in the system's temporary one.
     """
 
@@ -35,6 +39,10 @@ class Config:
     deadline_s: float = 600.0
     allow_local_media: tuple[str, ...] = ()
     media_dir: str = ""
+    sparse: str = "off"
+    kernel_backend: str = "auto"
+    sparse_min_tokens: int = 4096
+    keep_selections: str = ""
 
     def __post_init__(self):
         for name in ("tp", "cp"):
@@ -50,6 +58,7 @@ class Config:
             raise ConfigError(f"--cp-min-tokens {self.cp_min_tokens}", ">= 1", "pass --cp-min-tokens 1 to shard all")
         if not self.deadline_s > 0:
             raise ConfigError(f"--deadline {self.deadline_s}", "seconds > 0", "pass --deadline 600")
+        self._check_sparse()
         given = self.allow_local_media
         object.__setattr__(self, "allow_local_media", (given,) if isinstance(given, str) else tuple(given))
         for directory in self.allow_local_media:
@@ -59,6 +68,30 @@ class Config:
             raise ConfigError(
                 f"--media-dir {self.media_dir}", "a directory that this user can write to", "make it, or pass another"
             )
+
+    def _check_sparse(self) -> None:
+        if self.sparse not in ("off", "auto") and not os.path.isfile(self.sparse):
+            allowed = "off | auto | a plan file"
+            raise ConfigError(f"--sparse {self.sparse}", allowed, "check the path, or pass --sparse auto")
+        if self.kernel_backend not in BACKENDS:
+            allowed = " | ".join(BACKENDS)
+            raise ConfigError(f"--kernel-backend {self.kernel_backend}", allowed, "pass --kernel-backend auto")
+        if self.sparse_min_tokens < 1:
+            remedy = "pass --sparse-min-tokens 1 to make all prompts sparse"
+            raise ConfigError(f"--sparse-min-tokens {self.sparse_min_tokens}", ">= 1", remedy)
+        if self.keep_selections and not os.access(self.keep_selections, os.W_OK | os.X_OK):
+            allowed = "a directory that this user can write to"
+            raise ConfigError(f"--keep-selections {self.keep_selections}", allowed, "make it, or pass another")
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether prompts may be computed sparsely."""
+        return self.sparse != "off"
+
+    @property
+    def computes_prefill(self) -> bool:
+        """Whether prefills are ours, and not SGLang's own."""
+        return self.cp > 1 or self.is_sparse
 
     @property
     def world_size(self) -> int:

@@ -52,8 +52,9 @@ class Suite:
     @property
     def timed(self) -> tuple[str, ...]:
         """Green backends; without the reference, which is no kernel, unless there is nothing else to rehearse with."""
-        kernels = (name for name in self.green if self.is_rehearsal or name != "reference")
-        return tuple(name for name in kernels if name not in self.lost)
+        green = tuple(name for name in self.green if name not in self.lost)
+        kernels = tuple(name for name in green if name != "reference")
+        return kernels or (green if self.is_rehearsal else ())
 
     @property
     def fastest(self) -> str | None:

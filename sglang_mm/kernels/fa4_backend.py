@@ -11,7 +11,7 @@ Slots are taken some at a time, which bounds memory:
     Q, O, O without gaps    3 * PAIRS * D * 2 bytes                    384 MiB with D = 128
     rows of the state       PAIRS * D * 4 bytes                        256 MiB
     lists, as they grow     LISTED * (4 + 4 * 8) bytes                 288 MiB at most
-    K and V, tile by tile   2 * 128 * key tiles * Hkv * D * 2 bytes    once for a program
+    K and V, tile by tile   2 * 128 * key tiles * Hkv * D * 2 bytes    once for a program, for FA4 and Triton
 
 T rows, K keys of a piece, Hq query heads, D head dim; U units, S slots, R rows of a slot, M = 128 S rows of a call;
 N = 128 * key tiles; L the longest list of a call; E full entries. A visit is an item that meets a tile of 128 keys.
@@ -27,9 +27,9 @@ from torch import Tensor
 
 from sglang_mm.errors import ConfigError
 from sglang_mm.kernels.merge import merge
-from sglang_mm.kernels.packing import pack, packing_order
+from sglang_mm.kernels.packing import Packer
 from sglang_mm.kernels.problem import Problem
-from sglang_mm.kernels.triton_backend.launch import attend as attend_rest
+from sglang_mm.kernels.triton_backend.launch import attend_packed as attend_rest
 from sglang_mm.types import TileProgram
 
 NAME = "fa4"
@@ -60,7 +60,14 @@ def unfit(problem: Problem) -> str | None:
 
 
 def attend(
-    q_THD: Tensor, k_KHD: Tensor, v_KHD: Tensor, program: TileProgram, scale: float, out: Tensor, lse: Tensor
+    q_THD: Tensor,
+    k_KHD: Tensor,
+    v_KHD: Tensor,
+    program: TileProgram,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    packer: Packer | None = None,
 ) -> None:
     """Add the program's result to the state. Waits for the device once, unless the program has no full entry.
 
@@ -69,11 +76,12 @@ def attend(
     are rounded to the dtype of q before they are merged.
     Raises ConfigError for tiles of more than 128 rows.
     """
+    packer = packer or Packer(k_KHD, v_KHD)
     if not len(program.full_tile):
-        return attend_rest(q_THD, k_KHD, v_KHD, program, scale, out, lse)
+        return attend_rest(q_THD, packer, program, scale, out, lse)
     plan = make_plan(program, q_THD.shape[1])
     if plan.calls:
-        packed = pack(k_KHD, v_KHD, packing_order(program, align=TILE))
+        _, packed = packer.pack(program, TILE)
         k_1NHD, v_1NHD = packed.k_NHD.unsqueeze(0), packed.v_NHD.unsqueeze(0)
         for call in plan.calls:
             row_HM, is_row_HM = slot_rows(plan, call)
@@ -81,7 +89,7 @@ def attend(
             partial = block_sparse_attention(q_MHD.unsqueeze(0), k_1NHD, v_1NHD, *block_lists(plan, call), scale)
             _merge_rows(out, lse, *partial, row_HM, is_row_HM, call.pairs)
     if plan.rest is not None:
-        attend_rest(q_THD, k_KHD, v_KHD, plan.rest, scale, out, lse)
+        attend_rest(q_THD, packer, plan.rest, scale, out, lse, align=TILE if plan.calls else 1)
 
 
 def block_sparse_attention(

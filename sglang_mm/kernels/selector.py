@@ -1,7 +1,8 @@
 """Which backend runs a tile program, and why. One rule, one override.
 
 A backend is a module with NAME, `unfit(problem)`, which says why it cannot, or None, and
-`attend(q, k, v, program, scale, out, lse)`, which merges the program's result into a state.
+`attend(q, k, v, program, scale, out, lse, packer)`, which merges the program's result into a state. The packer holds
+the permuted copy of K and V, so that programs which list the same keys share one.
 """
 
 import logging
@@ -13,14 +14,15 @@ import torch
 from torch import Tensor
 
 from sglang_mm.errors import ConfigError
-from sglang_mm.kernels import fa4_backend, flashinfer_backend, tiles
+from sglang_mm.kernels import cpu_tiles, fa4_backend, flashinfer_backend, tiles
 from sglang_mm.kernels.merge import empty_state, state_dtype
+from sglang_mm.kernels.packing import Packer, Watch, by_permutation
 from sglang_mm.kernels.problem import Problem, problem_of
 from sglang_mm.kernels.triton_backend import launch as by_triton
 from sglang_mm.types import TileProgram
 
-BACKENDS = {each.NAME: each for each in (fa4_backend, by_triton, flashinfer_backend, tiles)}
-ORDER = {"cuda": ("fa4", "triton", "flashinfer", "reference")}
+BACKENDS = {each.NAME: each for each in (fa4_backend, by_triton, flashinfer_backend, cpu_tiles, tiles)}
+ORDER = {"cuda": ("fa4", "triton", "flashinfer", "reference"), "cpu": ("cpu", "reference")}
 """What `auto` tries, by kind of device; elsewhere the reference alone. fa4 and flashinfer wait for the device once per
 program, to plan."""
 log = logging.getLogger(__name__)
@@ -70,26 +72,29 @@ def sparse_attention(
     scale: float,
     backend: str = "auto",
     state: tuple[Tensor, Tensor] | None = None,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of a rank's rows over one piece of keys: the programs of the piece, their results merged.
 
     q_THD [T, Hq, D], k_KHD and v_KHD [K, Hkv, D], one dtype and device; scale > 0.
     state: (out [T, Hq, D], lse [Hq, T]) of other pieces, fp32 (fp64 for fp64 inputs), contiguous, changed in place.
     Returns the state with this piece in it; lse is the natural log-sum-exp of the scaled scores. A row that has seen no
-    key is (0, -inf). backend: a name of BACKENDS, or `auto`; what runs is logged once.
+    key is (0, -inf). backend: a name of BACKENDS, or `auto`; what runs is logged once. watch: stage `permutation`, the
+    copies of K and V in the order of tiles, one for programs that share `keys` and `key_ptr`; the rest is the caller's.
     Raises ConfigError for what does not fit together.
     """
     out, lse = empty_state(q_THD) if state is None else state
     _check_name(backend)
     _check_scale(scale)
     _check_state(out, lse, q_THD)
-    for program in programs:
+    packer = Packer(k_KHD, v_KHD, watch)
+    for program in by_permutation(programs):
         tiles.validate(q_THD, k_KHD, v_KHD, program)
         problem = problem_of(q_THD, k_KHD, program)
         choice = choose_backend(problem, backend)
         _say(str(choice), problem.name)
         with torch.cuda.device_of(q_THD):  # kernels are launched on the current device
-            BACKENDS[choice.backend].attend(q_THD, k_KHD, v_KHD, program, scale, out, lse)
+            BACKENDS[choice.backend].attend(q_THD, k_KHD, v_KHD, program, scale, out, lse, packer)
     return out, lse
 
 

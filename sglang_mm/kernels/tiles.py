@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sglang_mm.errors import ConfigError
 from sglang_mm.kernels.merge import empty_state, merge, state_dtype
+from sglang_mm.kernels.packing import Order, Packer
 from sglang_mm.kernels.problem import Problem
 from sglang_mm.types import TileProgram
 
@@ -21,9 +22,19 @@ def unfit(problem: Problem) -> str | None:
     return None
 
 
-def attend(q_THD: Tensor, k_KHD: Tensor, v_KHD: Tensor, program: TileProgram, scale: float, out: Tensor, lse: Tensor):
+def attend(
+    q_THD: Tensor,
+    k_KHD: Tensor,
+    v_KHD: Tensor,
+    program: TileProgram,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    packer: Packer | None = None,
+) -> None:
     """Merge the program's result into the state, in place."""
-    merge(out, lse, *attend_tiles(q_THD, k_KHD, v_KHD, program, scale=scale))
+    validate(q_THD, k_KHD, v_KHD, program)
+    merge(out, lse, *_attend(q_THD, packer or Packer(k_KHD, v_KHD), program, scale))
 
 
 def attend_tiles(
@@ -35,39 +46,42 @@ def attend_tiles(
     Returns out [T, Hq, D] and the natural log-sum-exp of the scaled scores, lse [Hq, T]: fp64 for fp64 inputs, fp32 for
     all others. A row that sees no key of the piece gets (0, -inf). Raises ConfigError for shapes that do not fit.
     """
-    return _attend(q_THD, k_KHD, v_KHD, program, scale)
+    validate(q_THD, k_KHD, v_KHD, program)
+    return _attend(q_THD, Packer(k_KHD, v_KHD), program, scale)
 
 
 def tile_lse(q_THD: Tensor, k_KHD: Tensor, program: TileProgram, *, scale: float) -> Tensor:
     """The log-sum-exp [Hq, T] alone, as `attend_tiles` returns it."""
-    return _attend(q_THD, k_KHD, None, program, scale)[1]
+    validate(q_THD, k_KHD, None, program)
+    return _attend(q_THD, Packer(k_KHD, None), program, scale)[1]
 
 
-def _attend(q_THD, k_KHD, v_KHD, program: TileProgram, scale: float) -> tuple[Tensor, Tensor]:
-    validate(q_THD, k_KHD, v_KHD, program)
+def _attend(q_THD: Tensor, packer: Packer, program: TileProgram, scale: float) -> tuple[Tensor, Tensor]:
+    order, packed = packer.pack(program)
     out, lse = empty_state(q_THD)
     dtype = state_dtype(q_THD.dtype)
-    for heads, rows, keys, hidden_RN in _items(program):
+    for heads, rows, places, hidden_RN in _items(program, order):
         kv_head = int(heads[0]) // program.group
-        k_ND = k_KHD[keys, kv_head].to(dtype)
+        k_ND = packed.k_NHD[places, kv_head].to(dtype)
         scores_HRN = (q_THD[rows, heads[:, None]].to(dtype) * scale) @ k_ND.T
-        scores_HRN[..., len(keys) - hidden_RN.shape[1] :].masked_fill_(hidden_RN, float("-inf"))
+        scores_HRN[..., len(places) - hidden_RN.shape[1] :].masked_fill_(hidden_RN, float("-inf"))
         lse_HR = torch.logsumexp(scores_HRN, dim=-1)
         lse[heads[:, None], rows] = lse_HR
-        if v_KHD is not None:
+        if packed.v_NHD is not None:
             shift = lse_HR.masked_fill(lse_HR == float("-inf"), 0)  # a row without keys: exp(-inf - 0) = 0, not NaN
             weights_HRN = scores_HRN.sub_(shift.unsqueeze(-1)).exp_()
-            out[rows, heads[:, None]] = weights_HRN @ v_KHD[keys, kv_head].to(dtype)
+            out[rows, heads[:, None]] = weights_HRN @ packed.v_NHD[places, kv_head].to(dtype)
     return out, lse
 
 
-def _items(program: TileProgram) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """(heads [H], rows [R], keys [N], hidden bool [R, M]) of each item with an entry; the last M keys have a mask."""
+def _items(program: TileProgram, order: Order) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(heads [H], rows [R], packed keys [N], hidden bool [R, M]) of items with an entry; the last M keys are masked."""
     table = {
         name: getattr(program, name).tolist()
         for name in ("item_unit", "item_rows", "row_ptr", "key_ptr", "full_ptr", "full_tile", "full_count", "part_ptr")
     }
-    heads = [torch.tensor(unit, device=program.rows.device) for unit in program.heads]
+    device = program.rows.device
+    heads = [torch.tensor(unit, device=device) for unit in program.heads]
     part_first = program.key_ptr[program.part_tile.long()]
     part_size = program.key_ptr[(program.part_tile + program.part_count).long()] - part_first
     for item, (unit, tile) in enumerate(zip(table["item_unit"], table["item_rows"])):
@@ -76,19 +90,18 @@ def _items(program: TileProgram) -> Iterator[tuple[Tensor, Tensor, Tensor, Tenso
         if not full and part.start == part.stop:
             continue
         ends = [(table["full_tile"][e], table["full_tile"][e] + table["full_count"][e]) for e in full]
-        shown = [program.keys[table["key_ptr"][first] : table["key_ptr"][last]] for first, last in ends]
+        shown = [torch.arange(table["key_ptr"][first], table["key_ptr"][last], device=device) for first, last in ends]
         size = part_size[part]
-        entry = torch.arange(part.start, part.stop, device=size.device).repeat_interleave(size)
-        place = torch.arange(len(entry), device=size.device) - (size.cumsum(0) - size).repeat_interleave(size)
-        masked = program.keys[part_first[entry] + place]
+        entry = torch.arange(part.start, part.stop, device=device).repeat_interleave(size)
+        place = torch.arange(len(entry), device=device) - (size.cumsum(0) - size).repeat_interleave(size)
+        masked = part_first[entry] + place
         rows = program.rows[table["row_ptr"][tile] : table["row_ptr"][tile + 1]].long()
-        yield heads[unit], rows, torch.cat([*shown, masked]).long(), _hidden(program, rows, masked.long(), entry, place)
+        yield heads[unit], rows, torch.cat([*shown, masked]), _hidden(program, rows, order.pos[masked], entry, place)
 
 
-def _hidden(program: TileProgram, rows: Tensor, keys: Tensor, entry: Tensor, place: Tensor) -> Tensor:
+def _hidden(program: TileProgram, rows: Tensor, pos_k: Tensor, entry: Tensor, place: Tensor) -> Tensor:
     """bool [R, M]: what the bounds and the bits of each key's entry hide."""
     low, high, k_low, k_high = program.bounds[program.part_bounds[entry].long()].long().unbind(1)
-    pos_k = program.pos_k[keys]
     shown = (pos_k >= k_low) & (pos_k < k_high)
     live = program.part_live[entry].long()
     if bool((live >= 0).any()):

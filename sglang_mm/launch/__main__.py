@@ -17,14 +17,11 @@ def main(argv: list[str]) -> int:
             return dry_run(launch)
         from sglang_mm.serving.server import serve
 
-        config = launch.config
         serve(
-            config,
+            launch.config,
             launch.sglang,
-            on_start=lambda model, device, exposure: print(
-                summary.topology(config, model, device, exposure), flush=True
-            ),
-            on_ready=lambda info, url: print(summary.ready(config, info, url), flush=True),
+            on_start=lambda *started: print(summary.topology(*started), flush=True),
+            on_ready=lambda *served: print(summary.ready(*served), flush=True),
         )
     except SglangMMError as error:
         print(f"sglang_mm: {error}", file=sys.stderr)

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass, fields
 
-from sglang_mm.config import KV, SCHEDULES, VISIONS, Config
+from sglang_mm.config import BACKENDS, KV, SCHEDULES, VISIONS, Config
 from sglang_mm.errors import ConfigError
 
 DESCRIPTION = """\
@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="context-parallel width: prompts are split over C replicas of T ranks (default %(default)s)",
     )
     _add_prefill(add, default)
+    _add_sparse(parser.add_argument_group("sparse attention").add_argument, default)
     add(
         "--deadline",
         type=float,
@@ -104,7 +105,7 @@ def _add_prefill(add, default: Config) -> None:
         default=default.cp_min_tokens,
         metavar="N",
         help="batches whose longest request has fewer new tokens, and touches no larger image or video, are not "
-        "sharded (default %(default)s)",
+        "sharded, unless one of them is sparse (default %(default)s)",
     )
     add(
         "--vision",
@@ -112,6 +113,38 @@ def _add_prefill(add, default: Config) -> None:
         default=default.vision,
         help="frames: attention inside each frame and true video timing, as the model was trained; "
         "stock: SGLang's values, quadratic in the video's length (default %(default)s)",
+    )
+
+
+def _add_sparse(add, default: Config) -> None:
+    add(
+        "--sparse",
+        default=default.sparse,
+        metavar="off|auto|PLAN.json",
+        help="which keys the heads of a long prompt attend to. off: all. auto: by the plan in the checkpoint's folder "
+        "(sglang_mm_plan.json), else found online for each prompt; PLAN.json: by this plan. No head leaves keys out "
+        "without a measured recall (default %(default)s)",
+    )
+    add(
+        "--kernel-backend",
+        choices=BACKENDS,
+        default=default.kernel_backend,
+        metavar="|".join(BACKENDS),
+        help="what runs sparse attention (default %(default)s: the first that can, in that order of preference)",
+    )
+    add(
+        "--sparse-min-tokens",
+        type=int,
+        default=default.sparse_min_tokens,
+        metavar="N",
+        help="requests with fewer new tokens are computed densely (default %(default)s)",
+    )
+    add(
+        "--keep-selections",
+        default=default.keep_selections,
+        metavar="DIR",
+        help="keep what each sparse request attended to, a file per request, for python -m sglang_mm.plan draw "
+        "--from-request",
     )
 
 

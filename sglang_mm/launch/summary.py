@@ -16,11 +16,22 @@ def topology(config: Config, model: str, device: str, exposure: Exposure) -> str
             "weights split over tp, replicated over cp",
             f"  prefill    {'sharded: ' + sharded if config.cp > 1 else 'one replica, not sharded'}"
             + (f"; schedule {config.schedule}" if config.cp > 1 else ""),
+            *_sparse(config),
             f"  vision     {_vision(config)}",
             f"  files      requests may name {' and '.join(exposure.readable)}",
             *(f"  WARNING    {warning}" for warning in exposure.warnings),
         ]
     )
+
+
+def _sparse(config: Config) -> list[str]:
+    if not config.is_sparse:
+        return []
+    if config.sparse == "auto":
+        how = "auto: found online for each prompt and head; the first layers and whatever loses recall are dense"
+    else:
+        how = f"plan {config.sparse}; heads that lose recall are dense"
+    return [f"  sparse     {how}; from {config.sparse_min_tokens} new tokens on; kernels {config.kernel_backend}"]
 
 
 def _vision(config: Config) -> str:
@@ -46,7 +57,8 @@ def ready(config: Config, info: dict, url: str) -> str:
     sizes = info["sglang_mm"]
     fits = min(info["max_total_num_tokens"], sizes["context_length"])
     bound = "context length" if fits == sizes["context_length"] else "K/V memory"
-    lines = [f"  backends   prefill {sizes['prefill_backend']}, decode {sizes['decode_backend']}"]
+    kernels = f", tile programs {sizes['tile_backend']}" if "tile_backend" in sizes else ""
+    lines = [f"  backends   prefill {sizes['prefill_backend']}, decode {sizes['decode_backend']}{kernels}"]
     if "kv_bytes" in sizes:
         lines.append(
             f"  K/V        {sizes['kv_bytes_per_token']:,} bytes per token ({sizes['layers']} layers x "

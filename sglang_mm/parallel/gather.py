@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from sglang_mm.errors import ConfigError
-from sglang_mm.kernels import causal_attention, merge
+from sglang_mm.kernels import merge
 from sglang_mm.parallel.holdings import Holdings
-from sglang_mm.parallel.pieces import Prefix, State, cached_rows, expect_rows
+from sglang_mm.parallel.pieces import Attend, Prefix, State, cached_rows, causal, expect_rows
 from sglang_mm.parallel.stopwatch import Watch, unwatched
 from sglang_mm.parallel.transport import Settle, Transport
 from sglang_mm.types import BatchLayout
@@ -77,18 +77,20 @@ def attend_gathered(
     state: State | None = None,
     keep: Keep | None = None,
     backend: str = "auto",
+    attend: Attend | None = None,
     watch: Watch = unwatched,
 ) -> Tensor:
-    """Dense causal attention of this rank's rows over their prompts' cached keys and all ranks' keys: out [T, Hq, D].
+    """Attention of this rank's rows over their prompts' cached keys and all ranks' keys: out [T, Hq, D].
 
     q [T, Hq, D]: the rank's rows of all requests, in layout order; T may be 0. k, v [.., Hkv, D]: what the rank brings,
     in the order of the tables' holdings. Collective: every rank of the layout calls it. Cached keys are in `prefix`, on
     this rank, or in the holdings, or their part of the result is in `state`, which is written to. keep: called once
-    per stage; no more than two stages are held at once. watch: stages `attention` (copies of keys included) and
-    `transport`. Raises ConfigError when q, k, v, a prefix or the ring do not fit the layout, RingBroken past the
-    deadline.
+    per stage; no more than two stages are held at once. attend: how rows meet keys, by default `causal`. watch: stages
+    `attention` (copies of keys included) and `transport`. Raises ConfigError when q, k, v, a prefix or the ring do not
+    fit the layout, RingBroken past the deadline.
     """
     _validate(q, k, v, tables, transport)
+    attend = attend or causal(scale, backend)
     requests, group = tables.layout.requests, q.shape[1] // k.shape[1]
     here = state is None and tables.holdings.residence is None
     cached = [cached_rows(prefix, i, own.start, k) if here else (k[:0], v[:0]) for i, own in enumerate(requests)]
@@ -104,8 +106,7 @@ def attend_gathered(
                     order = tables.order[request][: stop - tables.first[request]]
                     keys = _by_position(kv, order, cached[request], heads)
                     positions = tables.positions[request][stop - len(keys[0]) : stop]
-                    given = q[rows, q_heads], *keys, queries, positions
-                    partial = causal_attention(*given, scale=scale, backend=backend)
+                    partial = attend(request, None, heads, q[rows, q_heads], *keys, queries, positions)
                     if state is None:
                         out[rows, q_heads] = partial[0]
                     else:

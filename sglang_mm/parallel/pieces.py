@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 from sglang_mm.errors import ConfigError
+from sglang_mm.kernels import causal_attention
 
 Prefix = Callable[[int], tuple[Tensor, Tensor] | None]
 """request -> its cached (k, v) [layout.start, Hkv, D], positions 0 .. start-1, or None where nothing is cached."""
@@ -21,6 +23,30 @@ class Piece:
     source: int
     k: Tensor
     v: Tensor
+
+
+class Attend(Protocol):
+    """What a schedule calls for some rows of one request and some of its keys; it knows nothing of patterns itself."""
+
+    def __call__(
+        self, request: int, source: int | None, heads: slice, q: Tensor, k: Tensor, v: Tensor,
+        positions_q: Tensor, positions_k: Tensor,
+    ) -> State:  # fmt: skip
+        """Partial result (out [T, Hq, D], lse [Hq, T]) of rows q [T, Hq, D] over k, v [K, Hkv, D].
+
+        positions_q, positions_k: int64 CPU, ascending. source: the rank whose piece the keys are, None for all keys
+        that the rows may see. heads: K/V heads that k and v hold; q holds the query heads of these.
+        """
+        ...
+
+
+def causal(scale: float, backend: str = "auto") -> Attend:
+    """Dense: every row sees all keys up to its own. scale: of the scores."""
+
+    def attend(request, source, heads, q, k, v, positions_q, positions_k) -> State:
+        return causal_attention(q, k, v, positions_q, positions_k, scale=scale, backend=backend)
+
+    return attend
 
 
 def cached_rows(prefix: Prefix | None, request: int, start: int, like: Tensor) -> tuple[Tensor, Tensor]:

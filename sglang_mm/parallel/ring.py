@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sglang_mm.errors import ConfigError
-from sglang_mm.kernels import causal_attention, empty_state, merge
+from sglang_mm.kernels import empty_state, merge
 from sglang_mm.parallel.holdings import Holdings
-from sglang_mm.parallel.pieces import Piece, Prefix, State, cached_rows, expect_rows
+from sglang_mm.parallel.pieces import Attend, Piece, Prefix, State, cached_rows, causal, expect_rows
 from sglang_mm.parallel.stopwatch import Watch, unwatched
 from sglang_mm.parallel.transport import Transport
 from sglang_mm.types import BatchLayout
@@ -57,33 +57,37 @@ def attend_pieces(
     prefix: Prefix | None = None,
     state: State | None = None,
     backend: str = "auto",
+    attend: Attend | None = None,
     watch: Watch = unwatched,
 ) -> Tensor:
-    """Dense causal attention of this rank's rows over their prompts' cached keys and all pieces: out [Tq, Hq, D] as q.
+    """Attention of this rank's rows over their prompts' cached keys and all pieces: out [Tq, Hq, D] as q.
 
     q [Tq, Hq, D]: the rank's rows of all requests, in layout order. Partial results are merged in fp32 (fp64 for fp64).
     holdings: what the pieces hold, by default the new rows' keys alone. Cached keys are in `prefix`, on this rank, or
-    in the pieces, or their part of the result is in `state`, which is written to. watch: stage `attention`, its merges
-    included. Raises ConfigError when q, a piece or a prefix does not have the rows that layout and holdings say.
+    in the pieces, or their part of the result is in `state`, which is written to. attend: how rows meet keys, by
+    default `causal`. watch: stage `attention`, its merges included. Raises ConfigError when q, a piece or a prefix does
+    not have the rows that layout and holdings say.
     """
     expect_rows("q", q, layout.rows(rank))
     holdings = holdings or Holdings(layout)
     out, lse = state or empty_state(q)
     mine = layout.segments(rank)
 
-    def attend(request: int, k: Tensor, v: Tensor, positions: Tensor) -> None:
+    attend = attend or causal(scale, backend)
+
+    def add(request: int, source: int | None, k: Tensor, v: Tensor, positions: Tensor) -> None:
         rows, queries = mine[request], layout.requests[request].rows[rank]
         if len(queries) and len(positions):
             with watch("attention"):
-                partial = causal_attention(q[rows], k, v, queries, positions, scale=scale, backend=backend)
+                partial = attend(request, source, slice(None), q[rows], k, v, queries, positions)
                 merge(out[rows], lse[:, rows], *partial)
 
     if state is None and holdings.residence is None:
         for request, start in enumerate(layout.start for layout in layout.requests):
-            attend(request, *cached_rows(prefix, request, start, q), torch.arange(start))
+            add(request, None, *cached_rows(prefix, request, start, q), torch.arange(start))
     for piece in pieces:
         expect_rows(f"piece of rank {piece.source}", piece.k, holdings.rows(piece.source))
         for request, theirs in enumerate(holdings.segments(piece.source)):
             positions = holdings.positions(piece.source, request)
-            attend(request, piece.k[theirs], piece.v[theirs], positions)
+            add(request, piece.source, piece.k[theirs], piece.v[theirs], positions)
     return out.to(q.dtype)

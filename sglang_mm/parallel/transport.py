@@ -104,12 +104,13 @@ class Transport(Protocol):
             self.exchange(outgoing, incoming, stage, kind)(host)
         return arrivals
 
-    def sum_(self, tensor: Tensor, stage: str = "sum") -> Tensor:
+    def sum_(self, tensor: Tensor, stage: str = "sum", kind: str = "other") -> Tensor:
         """Replace tensor by its sum over the ranks, the same bits on all: partials are added in rank order.
 
         For small tensors: each rank sends all of it to every other, so that a late rank can be named.
         """
-        first, *others = self.all_to_all([tensor.reshape(-1)] * self.size, [tensor.numel()] * self.size, stage)
+        flat = tensor.reshape(-1)
+        first, *others = self.all_to_all([flat] * self.size, [len(flat)] * self.size, stage, kind=kind)
         total = first.clone()
         for part in others:
             total += part

@@ -5,15 +5,16 @@ pattern decides: rows of one modality (None: all rows) against keys of one modal
 unit do not overlap and cover every row and key; one softmax runs over their union.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import torch
 from torch import Tensor
 
 from sglang_mm.errors import ConfigError
 from sglang_mm.patterns.catalog import AShape, Blocks, Dense, Grid, Pattern, TriShape, VerticalSlash
-from sglang_mm.types import Axis, Modality, TokenMap, digest64
+from sglang_mm.types import Axis, Classes, Modality, TokenMap, digest64
 
 BLOCK = 128
 """Slashes and blocks live on the fixed grid of 128 original positions, so that no mask depends on a kernel's tile."""
@@ -64,7 +65,7 @@ class Phases:
         _check_set("shifts", self.shifts[:, 0] * (1 << 32) + self.shifts[:, 1])
 
     def tables(self) -> list[Tensor]:
-        return [torch.tensor([list(Axis).index(self.axis)]), self.classes, self.shifts]
+        return [self.classes, self.shifts]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,20 +110,50 @@ def check_kind(pattern: Pattern, chosen: Chosen) -> None:
         raise ConfigError(given, needed, "pass what was selected for this pattern")
 
 
-def check_fits(chosen: Chosen, tokens: TokenMap) -> None:
-    """Raise ConfigError for columns, classes or shifts that the prompt does not have. Sets ascend: the last tells."""
-    if isinstance(chosen, Lines) and len(chosen.columns) and int(chosen.columns[-1]) >= len(tokens):
-        given = f"column {int(chosen.columns[-1])}"
-        raise ConfigError(given, f"positions below {len(tokens)}", "select for this prompt")
-    if isinstance(chosen, Phases):
-        classes = tokens.classes(chosen.axis)
-        if len(chosen.classes) and int(chosen.classes[-1]) >= len(classes):
-            raise ConfigError(f"class {int(chosen.classes[-1])}", f"below {len(classes)}", "select for this prompt")
-        sizes = [stop - start for start, stop in pairwise(classes.starts)]
-        for space, shift in chosen.shifts.tolist():
-            if space >= len(sizes) or not 0 <= shift < sizes[space]:
-                allowed = f"0 <= shift < size of the name space, sizes {sizes}"
-                raise ConfigError(f"shift {shift} in name space {space}", allowed, "select for this prompt")
+@dataclass(frozen=True)
+class Marks:
+    """What the host needs to know of a set: classes, and (name space, shift) pairs. Few numbers; columns are many."""
+
+    classes: tuple[int, ...] = ()
+    shifts: tuple[tuple[int, int], ...] = ()
+
+
+def read_marks(sets: Sequence[Chosen], tokens: TokenMap) -> list[Marks]:
+    """The marks of each set, with one transfer to the host for all.
+
+    Raises ConfigError for columns, classes or shifts that the prompt does not have.
+    """
+    phases = [each for each in sets if isinstance(each, Phases)]
+    columns = [each.columns for each in sets if isinstance(each, Lines) and len(each.columns)]
+    tables = [_join(columns).max().view(1)] if columns else []
+    if phases:
+        tables += _join([each.classes for each in phases]), _join([each.shifts for each in phases]).flatten()
+    numbers = iter(_join(tables).tolist() if tables else ())
+    if columns and (largest := next(numbers)) >= len(tokens):
+        raise ConfigError(f"column {largest}", f"positions below {len(tokens)}", "select for this prompt")
+    classes = [tuple(islice(numbers, len(each.classes))) for each in phases]
+    shifts = [tuple((next(numbers), next(numbers)) for _ in range(len(each.shifts))) for each in phases]
+    found = iter([Marks(*each) for each in zip(classes, shifts)])
+    marks = [next(found) if isinstance(each, Phases) else Marks() for each in sets]
+    for each, mark in zip(sets, marks):
+        if isinstance(each, Phases):
+            _check_marks(mark, tokens.classes(each.axis))
+    return marks
+
+
+def _join(tables: Sequence[Tensor]) -> Tensor:
+    return torch.cat([each.cpu() for each in tables] if len({each.device for each in tables}) > 1 else list(tables))
+
+
+def _check_marks(marks: Marks, classes: Classes) -> None:
+    """Classes ascend: the last one tells."""
+    if marks.classes and marks.classes[-1] >= len(classes):
+        raise ConfigError(f"class {marks.classes[-1]}", f"below {len(classes)}", "select for this prompt")
+    sizes = [stop - start for start, stop in pairwise(classes.starts)]
+    for space, shift in marks.shifts:
+        if space >= len(sizes) or not 0 <= shift < sizes[space]:
+            allowed = f"0 <= shift < size of the name space, sizes {sizes}"
+            raise ConfigError(f"shift {shift} in name space {space}", allowed, "select for this prompt")
 
 
 def _check_set(name: str, members: Tensor) -> None:
@@ -152,6 +183,11 @@ class Unit:
     heads: tuple[int, ...]
     panels: tuple[Panel, ...]
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether every row sees everything."""
+        return all(isinstance(panel.pattern, Dense) for panel in self.panels)
+
 
 @dataclass(frozen=True, eq=False)
 class Selection:
@@ -160,10 +196,39 @@ class Selection:
     units: tuple[Unit, ...]
     group: int
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether every row of every unit sees everything."""
+        return all(unit.is_dense for unit in self.units)
+
+    def split_dense(self) -> tuple[tuple[int, ...], "Selection | None"]:
+        """(heads of dense units, ascending; the other units, heads numbered as before). None where all are dense.
+
+        Causal attention computes a dense head faster than a program does.
+        """
+        heads = tuple(sorted(head for unit in self.units if unit.is_dense for head in unit.heads))
+        others = tuple(unit for unit in self.units if not unit.is_dense)
+        return heads, Selection(others, self.group) if others else None
+
+    def of_kv_heads(self, first: int, stop: int) -> "Selection":
+        """The units of K/V heads first .. stop - 1, their query heads numbered from 0 on.
+
+        Raises ConfigError for no K/V head, or one that no unit is of.
+        """
+        heads = range(first * self.group, stop * self.group)
+        units = tuple(unit for unit in self.units if unit.heads[0] in heads)
+        if not first < stop or {head // self.group for unit in units for head in unit.heads} != set(range(first, stop)):
+            held = sorted({unit.heads[0] // self.group for unit in self.units})
+            raise ConfigError(f"K/V heads {first} .. {stop - 1}", f"some of {held}", "ask for heads of this selection")
+        moved = [Unit(tuple(head - heads.start for head in unit.heads), unit.panels) for unit in units]
+        return Selection(tuple(moved), self.group)
+
     def digest(self) -> int:
         """64 bits that differ when any rank chose otherwise."""
         panels = [panel for unit in self.units for panel in unit.panels]
         units = [(unit.heads, len(unit.panels)) for unit in self.units]
-        numbers = [(panel.rows, panel.keys, repr(panel.pattern)) for panel in panels]
-        tables = [table.cpu() for panel in panels for table in panel.chosen.tables()]
-        return digest64([self.group, *units, *numbers, *map(len, tables)], *tables)
+        axes = [str(panel.chosen.axis) if isinstance(panel.chosen, Phases) else "" for panel in panels]
+        numbers = [(panel.rows, panel.keys, repr(panel.pattern), axis) for panel, axis in zip(panels, axes)]
+        tables = [table for panel in panels for table in panel.chosen.tables()]
+        joined = [_join([table.flatten() for table in tables]).cpu()] if tables else []  # one wait, not one per table
+        return digest64([self.group, *units, *numbers, *map(len, tables)], *joined)

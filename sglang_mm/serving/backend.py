@@ -9,11 +9,13 @@ from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 
+from sglang_mm.kernels import empty_state
 from sglang_mm.kernels.paged import PageTable, paged_attention
 from sglang_mm.parallel.gather import attend_gathered
 from sglang_mm.parallel.pass_q import attend_resting
 from sglang_mm.parallel.ring import attend_pieces, ring_pieces
 from sglang_mm.serving.plan import ATTRIBUTE, PrefillPlan
+from sglang_mm.serving.sparse_prefill import SparseLayer
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -46,14 +48,16 @@ class RingAttentionBackend(AttentionBackend):
         k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
         v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
         given = {"scale": layer.scaling, "watch": plan.sight.watch}
+        if plan.sparse and plan.sparse.choice.known:
+            given["attend"] = self._select(q, k, layer, plan)
         if plan.cached == "here":
             given["prefix"] = lambda request: self._cached(request, layer, plan)
         elif plan.cached == "keys":
             k, v = self._joined(k, v, layer, plan)
         elif plan.cached == "queries":
-            given["state"] = self._asked_where_keys_rest(q, layer, plan, forward_batch)
-        attend = self._gathered if plan.schedule == "gather" else self._ring
-        out = attend(q, k, v, plan, layer, save_kv_cache, given)
+            given["state"] = self._asked_where_keys_rest(q, layer, plan, forward_batch, given.get("attend"))
+        run = self._gathered if plan.schedule == "gather" else self._ring
+        out = run(q, k, v, plan, layer, save_kv_cache, given)
         plan.sight.layer_done(layer.layer_id)
         return out.reshape(out.shape[0], -1)
 
@@ -102,8 +106,23 @@ class RingAttentionBackend(AttentionBackend):
             parts += [self._cached(request, layer, plan), (k[new], v[new])]
         return tuple(torch.cat(side) for side in zip(*parts))
 
-    def _asked_where_keys_rest(self, q, layer, plan: PrefillPlan, forward_batch) -> KeysAndValues:
-        """State of this rank's rows over all cached keys: queries travel."""
+    def _select(self, q, k, layer, plan: PrefillPlan) -> SparseLayer:
+        """What the heads of this layer attend to. k [t, Hkv, D] of this rank's rows."""
+        segments, sparse = plan.layout.segments(plan.rank), plan.sparse.prefill
+
+        def keys_of(request: int) -> torch.Tensor:
+            new = k[segments[request]]
+            if plan.cached == "none" or not plan.layout.requests[request].start:
+                return new
+            cached, _ = self._cached(request, layer, plan)
+            if plan.cached == "here":  # on every rank: each scores a share
+                cached = cached[sparse.own_cached(request).to(cached.device)]
+            return torch.cat([cached, new])
+
+        return sparse.layer(layer.layer_id, q, keys_of, layer.scaling)
+
+    def _asked_where_keys_rest(self, q, layer, plan: PrefillPlan, forward_batch, sparse) -> KeysAndValues:
+        """State of this rank's rows over all cached keys: queries travel. sparse: None for dense attention."""
         table = PageTable(
             slots=self.req_to_token_pool.req_to_token,
             rows=forward_batch.req_pool_indices,
@@ -113,10 +132,22 @@ class RingAttentionBackend(AttentionBackend):
         )
 
         def attend_here(queries: torch.Tensor, source: int) -> KeysAndValues:
+            if sparse is not None:
+                return self._sparse_here(queries, source, layer, plan, sparse)
             pools, ptr = self._buffers(layer), plan.first_rows(source)
             return paged_attention(queries, *pools, table, scale=layer.scaling, queries_ptr=ptr)
 
         return attend_resting(q, plan.rows_per_rank, plan.transport, attend_here, watch=plan.sight.watch)
+
+    def _sparse_here(self, queries, source: int, layer, plan: PrefillPlan, sparse: SparseLayer) -> KeysAndValues:
+        """(out, lse) of the queries of rank `source` over the cached keys that rest here."""
+        out, lse = empty_state(queries)
+        for request, (rows, own) in enumerate(zip(plan.layout.segments(source), plan.layout.requests)):
+            resting = plan.residence.positions(0, own.start)
+            if len(own.rows[source]) and len(resting):
+                given = queries[rows], *self._cached(request, layer, plan), own.rows[source], resting
+                out[rows], lse[:, rows] = sparse.over_resting(request, source, *given)
+        return out, lse
 
 
 def stock_backend_name(runner) -> str:

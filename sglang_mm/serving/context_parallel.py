@@ -22,9 +22,12 @@ from sglang_mm.serving.kv_pool import residence_of
 from sglang_mm.serving.logits import logits_of
 from sglang_mm.serving.media import UnreadableMedia
 from sglang_mm.serving.plan import ATTRIBUTE, PrefillPlan, plan_prefill, reason_for_stock
+from sglang_mm.serving.prompts import KnownPrompts
 from sglang_mm.serving.record import KEY, ChunkLog, FallbackLog, sharded_records, stock_records
-from sglang_mm.serving.schedule import ScheduleChoice
+from sglang_mm.serving.schedule import ScheduleChoice, shape_of
 from sglang_mm.serving.sight import progress_of
+from sglang_mm.serving.sparse_method import SparseMethod
+from sglang_mm.serving.sparse_plan import wants_sparse
 
 ROWS_AT_ONCE = 16384  # in the feed-forward layers
 logger = logging.getLogger(__name__)
@@ -38,17 +41,19 @@ class ContextParallelMixin:
         # plain attributes: nn.Module.__init__ has not run yet, and must run inside the narrowed scope
         object.__setattr__(self, "mm_config", Config.from_env() or Config())
         group = parallel.attn_cp_group if self.mm_config.cp > 1 else None
-        object.__setattr__(self, "mm_transport", self._transport(group))
+        object.__setattr__(self, "mm_transport", self._transport(group) or self._alone(parallel))
         rank = self.mm_transport.rank if self.mm_transport else 0
         object.__setattr__(self, "mm_residence", residence_of(self.mm_config, rank))
-        replica = parallel.attn_tp_group if self.mm_config.cp > 1 and self.mm_config.tp > 1 else None
-        agreement.join(self._transport(replica), self.mm_transport)
+        replica = parallel.attn_tp_group if self.mm_config.computes_prefill and self.mm_config.tp > 1 else None
+        object.__setattr__(self, "mm_replica", self._transport(replica))
+        agreement.join(*((self.mm_replica, self.mm_transport) if self.mm_config.cp > 1 else ()))
         object.__setattr__(self, "mm_schedules", ScheduleChoice(self.mm_config, self.mm_transport))
         object.__setattr__(self, "mm_fallbacks", FallbackLog())
         object.__setattr__(self, "mm_chunks", ChunkLog())
         object.__setattr__(self, "mm_tp_group", parallel.attn_tp_group)
         with self.narrowed():
             super().__init__(*args, **kwargs)
+        object.__setattr__(self, "mm_sparse", self._sparse_method(parallel))
         for layer in self.model.layers:
             layer.mlp.forward = in_slices(layer.mlp.forward)
 
@@ -57,9 +62,23 @@ class ContextParallelMixin:
             return None
         return DistributedTransport(group.device_group, group.ranks, group.device, self.mm_config.deadline_s)
 
+    def _alone(self, parallel) -> DistributedTransport | None:
+        """The ring of one rank, where prefills are ours though none is sharded."""
+        if not self.mm_config.computes_prefill:
+            return None
+        return DistributedTransport(None, [0], parallel.attn_tp_group.device, self.mm_config.deadline_s)
+
+    def _sparse_method(self, parallel) -> SparseMethod | None:
+        if not self.mm_config.is_sparse:
+            return None
+        shape = shape_of(self.model)
+        object.__setattr__(self, "mm_prompts", KnownPrompts(self.config, self.mm_transport.device))
+        first, group = shape.q_heads * parallel.attn_tp_rank, shape.q_heads // shape.kv_heads
+        return SparseMethod(self.mm_config, first, shape.q_heads, group)
+
     def narrowed(self):
         """Scope in which SGLang's layers see T ranks; needed at construction, loading and every forward."""
-        if self.mm_transport is None:
+        if self.mm_config.cp == 1:
             return nullcontext()
         return patch_tensor_parallel_group(self.mm_tp_group, owns_attention=True)
 
@@ -95,6 +114,8 @@ class ContextParallelMixin:
         """The plan of a batch that is sharded; or None, and why not (nothing to say with one replica)."""
         if self.mm_transport is None:
             return None, ""
+        if self.mm_config.cp == 1 and not wants_sparse(forward_batch, self.mm_config.sparse_min_tokens):
+            return None, ""
         reason = "embeddings requested" if more_than_generation else reason_for_stock(forward_batch, self.mm_config)
         if not reason:
             try:
@@ -116,6 +137,8 @@ class ContextParallelMixin:
         with plan.sight.running():
             embeds = embed_rows(self, plan, input_ids, forward_batch)
             hidden = self._run_decoder(embeds, forward_batch, plan)
+            if plan.sparse:
+                plan.sparse.prefill.done()
             with plan.sight.stage("logits"):
                 output = logits_of(self, hidden, plan, input_ids, forward_batch)
             records = sharded_records(plan, forward_batch, vision=self.mm_config.vision)

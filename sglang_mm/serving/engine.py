@@ -9,12 +9,13 @@ from sglang_mm.events import EventHub
 from sglang_mm.serving import media_access, worker
 from sglang_mm.serving.preflight import check_launch, environment
 from sglang_mm.serving.settings import refuse, server_settings
+from sglang_mm.serving.sparse_method import with_known_plan
 
 with environment(Config()):  # SGLang decides at import which platform it is on
     from sglang.srt.entrypoints import engine as stock
     from sglang.srt.server_args import ServerArgs
 
-    from sglang_mm.serving import requests, storing
+    from sglang_mm.serving import requests, sparse_request, storing
 
 
 class Engine(stock.Engine):
@@ -38,16 +39,23 @@ class Engine(stock.Engine):
         deadline_s: float = 600.0,
         allow_local_media: Sequence[str] = (),
         media_dir: str = "",
+        sparse: str = "off",
+        kernel_backend: str = "auto",
+        sparse_min_tokens: int = 4096,
+        keep_selections: str = "",
         **sglang_args,
     ):
         tp = sglang_args.pop("tp_size", 1) if tp is None else tp
-        self.mm_config = Config(tp, cp, schedule, kv, cp_min_tokens, vision, deadline_s, allow_local_media, media_dir)
+        chosen = (schedule, kv, cp_min_tokens, vision, deadline_s, allow_local_media, media_dir)
+        config = Config(tp, cp, *chosen, sparse, kernel_backend, sparse_min_tokens, keep_selections)
+        self.mm_config = with_known_plan(config, str(sglang_args.get("model_path", "")))
         if "server_args" in sglang_args:
             raise ConfigError("server_args=...", "ServerArgs' fields as keywords", "pass Engine(**fields)")
         with environment(self.mm_config) as on_cpu:
             asked = ServerArgs(**sglang_args)
             refuse(self.mm_config, asked)
             check_launch(self.mm_config, asked, on_cpu=on_cpu)
+            sparse_request.serve(self.mm_config)
             media_access.allow(self.mm_config.allow_local_media or (media_access.ANYWHERE,))
             must, may = server_settings(self.mm_config, on_cpu=on_cpu)
             self.mm_pixels = storing.open_store(self.mm_config, asked)

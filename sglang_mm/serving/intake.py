@@ -11,6 +11,7 @@ from sglang.srt.managers.io_struct import SessionParams
 
 from sglang_mm.serving.media_access import RequestError, resolve
 from sglang_mm.serving.prompt_limit import PromptLimit
+from sglang_mm.serving.sparse_request import mark_sparse
 from sglang_mm.serving.storing import LEASE
 
 MAX_SAMPLES = 1024  # `n`: SGLang copies the whole request so often before it looks at it
@@ -49,6 +50,7 @@ def admit_prompt(validate, manager, obj, input_ids):
     """Around-hook on TokenizerManager._validate_one_request: the ids a rank would get, media expanded."""
     try:
         _check_prompt(manager, obj, input_ids)
+        mark_sparse(obj)
         return validate(manager, obj, input_ids)
     except Exception:
         if (lease := getattr(obj, LEASE, None)) is not None:

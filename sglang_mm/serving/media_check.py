@@ -107,27 +107,38 @@ def check_prepared(output, merge: int, patch: int, hidden: int, *, sent: bool) -
     merge: spatial merge size. patch: values of one patch. hidden: those of one embedding. sent: whether clients made
     any of it themselves; then the numbers are looked at, too. Raises RequestError naming the first disagreement.
     """
-    length, end = len(output.input_ids), -1
-    for item in sorted(output.mm_items, key=lambda item: min(item.offsets or [(-1, -1)])):
-        kind = "video" if item.is_video() else "image"
+    length, media = len(output.input_ids), []
+    for item in output.mm_items:
+        kind = _kind(item)
         grids = _grids(item, kind, merge)
         if len(grids) != len(item.offsets or ()):
             raise _disagree(f"{len(item.offsets or ())} {kind} markers for {len(grids)} {kind} grids")
-        for (first, last), (t, h, w) in zip(sorted(item.offsets), grids):
-            tokens = t * h * w // merge**2
-            if not end < first <= last < length:
-                raise _disagree(f"a {kind} at tokens {first} to {last} of a prompt of {length}")
-            if last - first + 1 != tokens:
-                raise _disagree(f"{last - first + 1} tokens for a {kind} of {tokens} (grid {t}x{h}x{w})")
-            end = last
+        media += [(*place, kind, *grid) for place, grid in zip(sorted(item.offsets), grids)]
+    _check_places(sorted(media), length, merge)
+    for item in output.mm_items:
         if item.format in SENT or sent:
-            patches = sum(t * h * w for t, h, w in grids)
-            _check_data(item, kind, (patches, patch), (patches // merge**2, hidden))
+            patches = sum(t * h * w for t, h, w in _grids(item, _kind(item), merge))
+            _check_data(item, _kind(item), (patches, patch), (patches // merge**2, hidden))
     padded = output.padded_input_ids
     if padded is not None and len(padded) != length:
         raise _disagree(f"padded_input_ids of {len(padded)} tokens for a prompt of {length}")
     if output.mrope_positions is not None and tuple(output.mrope_positions.shape) != (3, length):
         raise _disagree(f"mrope_positions of shape {tuple(output.mrope_positions.shape)} for a prompt of {length}")
+
+
+def _check_places(media: list[tuple], length: int, merge: int) -> None:
+    """media: (first token, last token, kind, frames, rows, columns), in order: those of one item may lie apart."""
+    end = -1
+    for first, last, kind, t, h, w in media:
+        if not end < first <= last < length:
+            raise _disagree(f"a {kind} at tokens {first} to {last} of a prompt of {length}")
+        if last - first + 1 != t * h * w // merge**2:
+            raise _disagree(f"{last - first + 1} tokens for a {kind} of {t * h * w // merge**2} (grid {t}x{h}x{w})")
+        end = last
+
+
+def _kind(item) -> str:
+    return "video" if item.is_video() else "image"
 
 
 def _grids(item, kind: str, merge: int) -> list[list[int]]:

@@ -9,6 +9,7 @@ from statistics import fmean
 
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 BUCKETS = tuple(0.01 * 2**i for i in range(20))  # seconds: 10 ms to an hour and a half
+RECALLS = (0.5, 0.8, 0.9, 0.925, 0.95, 0.975, 0.99, 1.0)
 DEPENDS_ON_SCHEDULE = ("attention", "transport")  # the stages whose sum is predicted
 
 
@@ -35,6 +36,14 @@ class Metrics:
         self.stages = Counter(
             "sglang_mm_stage_seconds", "Seconds of prefills by stage, as the mean over their ranks.", ["stage"]
         )
+        self.pairs = Counter(
+            "sglang_mm_pairs", "Pairs of a query and a key of sparse prefills, attended and causal.", ["kind"]
+        )
+        self.tiles = Counter("sglang_mm_tiles", "Pairs of tiles that sparse kernels met.")
+        self.choices = Counter(
+            "sglang_mm_sparse_choices", "Choices for rows of a head that became something dearer.", ["reason"]
+        )
+        self.recall = Histogram("sglang_mm_recall", "Lowest recall of sparse prefills.", buckets=RECALLS)
         self.predicted = Counter(
             "sglang_mm_predicted_seconds", "Predicted seconds of attention and transport.", ["schedule"]
         )
@@ -56,6 +65,7 @@ class Metrics:
         self.differing.inc(record.get("differing_tokens", 0))
         for kind, sent in record.get("bytes_sent", {}).items():
             self.sent.labels(kind).inc(sum(sent) * share)
+        self._observe_sparse(record.get("sparse", {}))
         if total := seconds.get("total"):
             self.prefill.labels(schedule).observe(max(total))
         for stage, each in seconds.items():
@@ -65,6 +75,17 @@ class Metrics:
         if predicted is not None and (parts := [seconds[name] for name in DEPENDS_ON_SCHEDULE if name in seconds]):
             self.predicted.labels(schedule).inc(predicted * share)
             self.measured.labels(schedule).inc(max(map(sum, zip(*parts))) * share)
+
+    def _observe_sparse(self, sparse: dict) -> None:
+        """Of a request that was computed sparsely."""
+        if "pairs" not in sparse:
+            return
+        for kind, count in sparse["pairs"].items():
+            self.pairs.labels(kind).inc(count)
+        self.tiles.inc(sum(sparse["tiles_per_rank"]))
+        for reason, count in sparse["fallbacks"].items():
+            self.choices.labels(reason).inc(count)
+        self.recall.observe(sparse["recall"])
 
 
 _metrics: Metrics | None = None

@@ -22,6 +22,7 @@ from sglang_mm.serving.media import MediaSource, read_batch
 from sglang_mm.serving.resting import Resting
 from sglang_mm.serving.schedule import ScheduleChoice
 from sglang_mm.serving.sight import Sight, progress_of, tokens_of_batch
+from sglang_mm.serving.sparse_plan import SparsePart, choose_sparse, plan_sparse, wants_sparse
 from sglang_mm.types import BatchLayout, Frame, Residence, digest64
 
 ATTRIBUTE = "sglang_mm_plan"  # on SGLang's ForwardBatch, read by the attention backend
@@ -35,8 +36,9 @@ class PrefillPlan:
     travel with the new ones, or `queries` travel to them. exchange: which rank encodes which frame, and the way of its
     tokens. sources[request][item]: where the pixels of a media item are. kept: per request, what its earlier chunks
     encoded. tokens: per request, the new ones by modality. schedule: `ring` or `gather`. predicted: seconds by
-    schedule, where they decided. sight: what is shown of it. flat_by_rank: indices of a rank's rows in the flat batch,
-    int64 on the device. new_frames: per rank, how many frames meet the vision tower.
+    schedule, where they decided. sight: what is shown of it. sparse: which keys heads attend to, None for all.
+    flat_by_rank: indices of a rank's rows in the flat batch, int64 on the device. new_frames: per rank, how many frames
+    meet the vision tower.
     """
 
     layout: BatchLayout
@@ -54,6 +56,7 @@ class PrefillPlan:
     transport: Transport
     device: torch.device
     flat_by_rank: list[torch.Tensor]
+    sparse: SparsePart | None = None
     new_frames: list[int] = field(init=False)
 
     def __post_init__(self):
@@ -106,6 +109,11 @@ class PrefillPlan:
             mine = {frame.key: rows for (r, frame), rows in own if r == request}
             kept.renew(frames, mine, layout.start + layout.length)
 
+    def sparse_told(self) -> list[dict]:
+        """Per request what its record has of sparse attention. Collective."""
+        requests = len(self.layout.requests)
+        return self.sparse.told(requests) if self.sparse else [{}] * requests
+
     def _is_new(self, pair: tuple[int, Frame]) -> bool:
         request, frame = pair
         return self.sources[request][frame.item].embeddings is None and frame.key not in self.kept[request].holder
@@ -118,7 +126,8 @@ def reason_for_stock(forward_batch, config: Config) -> str | None:
     longest = max(forward_batch.extend_seq_lens_cpu)
     if longest < config.cp:
         return "fewer new tokens than ranks"
-    if max(longest, _largest_medium(forward_batch)) < config.cp_min_tokens:
+    is_short = max(longest, _largest_medium(forward_batch)) < config.cp_min_tokens
+    if is_short and not (config.is_sparse and wants_sparse(forward_batch, config.sparse_min_tokens)):
         return "below --cp-min-tokens"
     if forward_batch.capture_hidden_mode.need_capture():
         return "hidden states requested"
@@ -167,9 +176,11 @@ def plan_prefill(forward_batch, model, transport: Transport, schedules: Schedule
     schedule, predicted = schedules.choose(layout, model.model, holdings, done_before=cached == "queries")
     flat = [layout.flat(r).to(device) for r in range(transport.size)]
     transport.meter.take()
-    words = ",".join([schedule, cached, str(residence.ranks), str(residence.page)])
+    choice = choose_sparse(forward_batch, model.mm_sparse, model.mm_prompts) if model.mm_sparse else None
+    words = f"{schedule},{cached},{residence.ranks},{residence.page},{choice.words(model.mm_sparse) if choice else ''}"
     transport.check_equal(digest64([layout.digest(), exchange.digest(), words]), "prefill plan")
     progress = progress_of(forward_batch, transport.rank, transport.size, len(model.model.layers), schedule, chunk)
+    sight = Sight(progress, transport)
     return PrefillPlan(
         layout=layout,
         holdings=holdings,
@@ -182,7 +193,8 @@ def plan_prefill(forward_batch, model, transport: Transport, schedules: Schedule
         tokens=tokens_of_batch(forward_batch),
         schedule=schedule,
         predicted=predicted,
-        sight=Sight(progress, transport),
+        sight=sight,
+        sparse=plan_sparse(model, choice, layout, cached, sight.watch) if choice else None,
         transport=transport,
         device=device,
         flat_by_rank=flat,

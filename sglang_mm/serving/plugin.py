@@ -12,7 +12,7 @@ MODELS = "sglang_mm.serving.models"
 HOOKS = {  # below sglang.srt: what runs after it, in every process
     "managers.scheduler.Scheduler.get_init_info": "selfcheck.describe_worker",
     "managers.tokenizer_manager.TokenizerManager.update_request_meta_info": "requests.remember",
-    "model_executor.forward_batch_info.ForwardBatch.init_new": "record.note_chunks",
+    "model_executor.forward_batch_info.ForwardBatch.init_new": "notes.note_batch",
     "model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size": "kv_pool.bytes_of_token",
     "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.__init__": "kv_pool.pages_of_any_size",
 }

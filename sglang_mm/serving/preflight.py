@@ -4,9 +4,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from sglang_mm.config import Config
 from sglang_mm.errors import ConfigError
+from sglang_mm.patterns.plan import Model
 from sglang_mm.serving.plugin import MODELS
+from sglang_mm.serving.sparse_method import check_plan, tile_backend
 
 PROCESSORS = "sglang_mm.serving.processors"
 SUPPORTED = ("Qwen2_5_VLForConditionalGeneration",)
@@ -32,6 +36,8 @@ def environment(config: Config) -> Iterator[bool]:
         os.environ.setdefault(
             "SGLANG_CPU_OMP_THREADS_BIND", bind_cores(config.world_size, sorted(os.sched_getaffinity(0)))
         )
+        # SGLang leaves each rank as many threads as there are cores: ranks that share them wait for each other
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // config.world_size)))
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling costs seconds here and gains nothing
     try:
         check_sglang()
@@ -62,24 +68,28 @@ def check_launch(config: Config, asked, *, on_cpu: bool) -> None:
     """Devices, architecture and sizes of the model. asked: SGLang's ServerArgs. Raises ConfigError."""
     if not on_cpu:
         check_devices(config, asked)
-    if config.world_size == 1:
+    if config.world_size == 1 and not config.is_sparse:
         return
     found = _read_config(asked.model_path, asked.trust_remote_code, asked.revision)
     architecture = (found.architectures or ["unknown"])[0]
-    if config.cp > 1 and architecture not in SUPPORTED:
+    if config.computes_prefill and architecture not in SUPPORTED:
+        sparse = f" --sparse {config.sparse}" if config.is_sparse else ""
         raise ConfigError(
-            f"{asked.model_path} is a {architecture}, with --cp {config.cp}",
+            f"{asked.model_path} is a {architecture}, with --cp {config.cp}{sparse}",
             ", ".join(SUPPORTED),
-            "serve it with --cp 1, where SGLang's own model runs",
+            "serve it with --cp 1 and --sparse off, where SGLang's own model runs",
         )
+    if config.is_sparse:
+        model = Model.of_config(found.to_dict(), name=asked.model_path)
+        check_plan(config, model)
+        if on_cpu:  # elsewhere only a rank knows its device
+            tile_backend(config, "cpu", torch.float32, model.heads, model.kv_heads, model.head_dim)
     if architecture in SUPPORTED and not on_cpu:  # on CPU SGLang pads heads
         check_sizes(config.tp, found)
 
 
 def check_devices(config: Config, asked) -> None:
     """As many devices as ranks. Raises ConfigError."""
-    import torch
-
     last, there = asked.base_gpu_id + (config.world_size - 1) * asked.gpu_id_step, torch.cuda.device_count()
     if torch.cuda.is_available() and last >= there:
         place = f" from --base-gpu-id {asked.base_gpu_id}" if asked.base_gpu_id else ""

@@ -8,6 +8,7 @@ from collections import OrderedDict
 
 from sglang_mm.serving.plan import PrefillPlan
 from sglang_mm.serving.sight import tokens_of_batch
+from sglang_mm.serving.sparse_record import join_chunks
 
 KEY = "sglang_mm"  # in a response's meta_info: a list with one record
 REMEMBERED = 256
@@ -30,8 +31,9 @@ def sharded_records(plan: PrefillPlan, forward_batch, *, vision: str) -> list[di
     if vision == "frames":  # else SGLang encodes on every rank, or finds what it has encoded
         shared["frames_encoded"] = plan.new_frames
     shared["predicted_seconds"] = {name: round(value, 6) for name, value in plan.predicted.items()}
+    sparse = plan.sparse_told()
     return [
-        _record(forward_batch, i, plan.schedule, plan.request_rows(i), plan.tokens[i], fallbacks=[], **shared)
+        _record(forward_batch, i, plan.schedule, plan.request_rows(i), plan.tokens[i], [], **shared, **sparse[i])
         for i in range(forward_batch.batch_size)
     ]
 
@@ -97,7 +99,9 @@ class ChunkLog:
 def _sum(earlier, later):
     """Numbers are added, lists of them place by place, names joined; what only one of them has is taken over."""
     if isinstance(later, dict):
-        both = {key: _sum(earlier[key], later[key]) for key in earlier.keys() & later.keys()}
+        both = {key: _sum(earlier[key], later[key]) for key in earlier.keys() & later.keys() - {"sparse"}}
+        if "sparse" in later and "sparse" in earlier:
+            both["sparse"] = join_chunks(earlier["sparse"], later["sparse"])
         joined = {**earlier, **later, **both}
         for key in ("cached_tokens", "ranks", "batch") if "schedule" in later else ():
             joined[key] = earlier[key]

@@ -94,12 +94,22 @@ def line(rid: str, record: dict) -> str:
         parts.append(f"prefill {max(seconds.get('total') or [0]):.3f} s ({stages})")
     if predicted := record.get("predicted_seconds"):
         parts.append("predicted " + ", ".join(f"{name} {value:.3f} s" for name, value in predicted.items()))
+    if sparse := record.get("sparse"):
+        parts.append(_sparse(sparse))
     if sent := record.get("bytes_sent"):
         sizes = [f"{kind} {_size(sum(each))}" for kind, each in sent.items() if sum(each)]
         parts.append(f"sent {', '.join(sizes) or 'nothing'}")
     if fallbacks := record.get("fallbacks"):
         parts.append(f"fell back: {', '.join(fallbacks)}")
     return "; ".join(parts)
+
+
+def _sparse(sparse: dict) -> str:
+    if "density" not in sparse:
+        return f"dense: {sparse['dense']}"
+    reasons = "".join(f", {count} x {reason}" for reason, count in sparse["fallbacks"].items())
+    told = f"density {sparse['density']:.3f}, lowest recall {sparse['recall']:.3f}{reasons}"
+    return f"sparse by {sparse['plan']} on {'+'.join(sparse['kernels']) or 'no kernel'}: {told}"
 
 
 def _each(rows: list[int]) -> str:

@@ -35,8 +35,8 @@ class ScheduleChoice:
 
         holdings, done_before: as predict() takes them.
         """
-        if self.asked != "auto":
-            return self.asked, {}
+        if self.asked != "auto" or layout.ranks == 1:
+            return ("ring" if self.asked == "auto" else self.asked), {}
         self.prepare(model)
         predicted = predict(layout, shape_of(model), self.constants, holdings, done_before)
         return choose(predicted), predicted
@@ -60,7 +60,8 @@ class ScheduleChoice:
         """Measure what predictions need, once and below a second; collective. Done when the weights are loaded, or at
         the first prefill of a model that loads none.
         """
-        if self.asked == "auto" and self.transport is not None and self.constants is None:
+        is_open = self.asked == "auto" and self.transport is not None and self.transport.size > 1
+        if is_open and self.constants is None:
             self.constants = calibrate(self.transport, shape_of(model))
             if self.transport.rank == 0:
                 logger.info("schedule auto: %s", self.constants)

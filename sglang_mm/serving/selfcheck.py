@@ -63,7 +63,7 @@ PARAMETERS = {  # below sglang.srt, functions we call or override: the parameter
     "utils.video_decoder:VideoDecoderWrapper": "source",
 }
 FIELDS = {  # below sglang.srt, data we read or write
-    "managers.io_struct:GenerateReqInput": "log_metrics",
+    "managers.io_struct:GenerateReqInput": "log_metrics extra_key sampling_params",
     "managers.schedule_batch:MultimodalDataItem": (
         "modality hash offsets format feature precomputed_embeddings model_specific_data pad_values"
     ),
@@ -170,21 +170,32 @@ def describe_worker(info: dict, scheduler) -> dict:
 
     config = check_plugin()
     runner = scheduler.tp_worker.model_runner
+    if config.computes_prefill:
+        _check_prefill(config, runner)
     if config.cp > 1:
-        _check_sharding(config, runner)
         info["max_req_input_len"] = limit_of(runner, config, info["max_req_input_len"])
     info["sglang_mm"] = {
         "layers": runner.model_config.num_hidden_layers,
         "context_length": runner.model_config.context_len,
         "prefill_backend": runner.prefill_attention_backend_str,
         "decode_backend": runner.decode_attention_backend_str,
+        **(_tile_backend(config, runner) if config.is_sparse else {}),
         **_heads(runner.model),
         **_cache_sizes(runner.token_to_kv_pool, runner.model_config.num_hidden_layers),
     }
     return info
 
 
-def _check_sharding(config: Config, runner) -> None:
+def _tile_backend(config: Config, runner) -> dict:
+    from sglang_mm.serving.schedule import shape_of
+    from sglang_mm.serving.sparse_method import tile_backend
+
+    shape = shape_of(runner.model.model)
+    heads = shape.q_heads, shape.kv_heads, shape.head_dim
+    return {"tile_backend": tile_backend(config, runner.device, shape.dtype, *heads)}
+
+
+def _check_prefill(config: Config, runner) -> None:
     """Our model, our backend, our width, and a cache that keeps K/V as they are computed."""
     from sglang.srt.runtime_context import get_parallel
 
@@ -210,7 +221,8 @@ def _check_sharding(config: Config, runner) -> None:
     if runner.token_to_kv_pool.dtype != runner.dtype:
         wrong.append(f"K/V are kept as {runner.token_to_kv_pool.dtype}, the model computes in {runner.dtype}")
     if wrong:
-        raise SelfCheckError(f"this rank cannot serve --cp {config.cp}: {'; '.join(wrong)}")
+        asked = f"--cp {config.cp} --sparse {config.sparse}"
+        raise SelfCheckError(f"this rank cannot serve {asked}: {'; '.join(wrong)}")
 
 
 def _heads(model) -> dict:

@@ -12,28 +12,31 @@ from sglang_mm.serving import media_access, port
 from sglang_mm.serving.exposure import Exposure
 from sglang_mm.serving.preflight import check_launch, environment
 from sglang_mm.serving.settings import refuse, set_by_user, to_argv
+from sglang_mm.serving.sparse_method import with_known_plan
 
 
 def serve(
     config: Config,
     sglang_flags: list[str],
     *,
-    on_start: Callable[[str, str, Exposure], None],
-    on_ready: Callable[[dict, str], None],
+    on_start: Callable[[Config, str, str, Exposure], None],
+    on_ready: Callable[[Config, dict, str], None],
 ) -> None:
     """Run until SIGINT or SIGTERM. Raises ConfigError or SelfCheckError before any process starts.
 
-    on_start(model, device, exposure) is called before start-up, on_ready(rank 0's scheduler info, url) when requests
-    are served.
+    on_start(config, model, device, exposure) is called before start-up, on_ready(config, rank 0's scheduler info, url)
+    when requests are served; config with the plan that `auto` found.
     """
     with environment(config) as on_cpu, EventHub() as hub, ExitStack() as until_the_end:
         from sglang.srt.entrypoints import http_server
         from sglang.srt.server_args import ServerArgs, prepare_server_args
         from sglang.srt.utils import kill_process_tree
 
-        from sglang_mm.serving import requests, storing, worker
+        from sglang_mm.serving import requests, sparse_request, storing, worker
 
         asked = prepare_server_args(sglang_flags)
+        config = with_known_plan(config, asked.model_path)
+        config.to_env()
         refuse(config, asked)
         settled = set_by_user(asked, ServerArgs(model_path=asked.model_path))
         args = prepare_server_args(to_argv(config, sglang_flags, settled, on_cpu=on_cpu))
@@ -42,7 +45,8 @@ def serve(
         until_the_end.enter_context(port.kept(args.host, args.port, server_class))
         exposure = Exposure.of(config, args)
         media_access.allow(exposure.directories)
-        on_start(args.model_path, "cpu (reference platform)" if on_cpu else "gpu", exposure)
+        sparse_request.serve(config)
+        on_start(config, args.model_path, "cpu (reference platform)" if on_cpu else "gpu", exposure)
         store = until_the_end.enter_context(storing.open_store(config, args))
         os.environ.update(hub.environment | store.environment)
         requests.show(hub)
@@ -50,7 +54,7 @@ def serve(
         url = f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{args.port}"
 
         def announce() -> None:
-            on_ready(http_server.get_global_state().scheduler_info, url)
+            on_ready(config, http_server.get_global_state().scheduler_info, url)
 
         # until SGLang installs its own handler, SIGTERM must reach the `finally` that ends the ranks
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -21,7 +21,7 @@ NEVER = {  # fields of SGLang's ServerArgs: (value they must keep, why, what to 
     "encoder_only": (False, "the vision tower runs on the ranks of the model", "leave it out"),
     "language_only": (False, "the vision tower runs on the ranks of the model", "leave it out"),
 }
-NOT_SHARDED = {  # the same, but only with --cp above 1
+OURS = {  # the same, but only where prefills are ours: --cp above 1, or --sparse
     "prefill_attention_backend": (None, "prefill attention is ours", "choose the rest with --attention-backend"),
     "dcp_size": (1, "decode context parallelism needs another K/V layout", "leave it out"),
     "pp_size": (1, "pipeline parallelism is not supported", "raise --tp or --cp instead"),
@@ -57,11 +57,12 @@ def refuse(config: Config, asked) -> None:
 
     asked: SGLang's ServerArgs as the user gave them, by flag, alias, config file or keyword.
     """
-    rules = NEVER | (NOT_SHARDED if config.cp > 1 else {}) | (SHARED_PAGES if config.keepers > 1 else {})
+    rules = NEVER | (OURS if config.computes_prefill else {}) | (SHARED_PAGES if config.keepers > 1 else {})
     for name, (kept, why, remedy) in rules.items():
         value = getattr(asked, name)
         if value != kept and value:
-            given = f"{flag_of(name)} {value} with --cp {config.cp}"
+            ours = f"--cp {config.cp}" if config.cp > 1 or name in NEVER else f"--sparse {config.sparse}"
+            given = f"{flag_of(name)} {value} with {ours}"
             raise ConfigError(given, f"{flag_of(name)} left out, {why}", remedy)
     if config.keepers > 1:
         _check_pages(config, asked)
@@ -83,7 +84,9 @@ def server_settings(config: Config, *, on_cpu: bool) -> tuple[dict, dict]:
     must: dict = {"tp_size": config.world_size}
     may: dict = {"media_url_max_file_size_mb": MEDIA_MB}
     if config.cp > 1:
-        must |= {"attn_cp_size": config.cp, "prefill_attention_backend": PREFILL_BACKEND}
+        must["attn_cp_size"] = config.cp
+    if config.computes_prefill:
+        must["prefill_attention_backend"] = PREFILL_BACKEND
         # one chunk: each one attends to all before it, whose keys or queries travel again
         may |= {"chunked_prefill_size": -1, "disable_prefill_cuda_graph": True}
         # SGLang's defaults kill a prefill of over 5 minutes and reserve a slot table of 2048 longest prompts

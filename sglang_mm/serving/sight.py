@@ -11,8 +11,8 @@ from sglang_mm.events import Progress, Publisher, publisher
 from sglang_mm.parallel.stopwatch import Stopwatch
 from sglang_mm.parallel.transport import Transport
 
-STAGES = ("vision", "exchange", "attention", "transport", "rest")
-KINDS = ("kv", "queries", "embeddings", "rows", "checks")  # of messages; see parallel/meter.py
+STAGES = ("vision", "exchange", "index", "compile", "permutation", "attention", "transport", "rest")
+KINDS = ("kv", "queries", "selection", "embeddings", "rows", "checks")  # of messages; see parallel/meter.py
 
 
 def tokens_by_modality(mm_inputs, start: int, stop: int) -> dict[str, int]:

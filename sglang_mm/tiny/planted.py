@@ -8,7 +8,7 @@
 | 3 | text | every row: text tokens, chosen among them by content |
 | 4 | sink | every row: the first token |
 | 5 | vertical | every row: the tokens `#` and `<|vision_start|>`, wherever they are |
-| 6 | text_to_video | every row: media tokens, chosen among them by content |
+| 6 | text_to_video | text row: media tokens, chosen among them by content; media row: the first token |
 | 7 | unstructured | every row: all tokens, chosen by content |
 
 With q and k turned by M-RoPE, the logit of query x and key y is a sum over the rotary pairs j, each of one axis a(j):
@@ -77,6 +77,9 @@ MARK_LOGITS = {
     "text_to_video": (VISION_MARK, 20),
     "text": (VISION_MARK, -28),
 }
+OF_MEDIA_ROWS = {
+    "text_to_video": {VISION_MARK: -48, BOS_MARK: 80}
+}  # added for rows with VISION_MARK, over their divisor
 BY_CONTENT = ("text", "text_to_video", "unstructured")
 LOUD, SOFT = 2.0, 0.5  # averages over many tokens are small: without this the last token alone decides the next
 
@@ -114,6 +117,8 @@ def plant_queries(weight_HDM: torch.Tensor, bias_HD: torch.Tensor) -> None:
         if name in MARK_LOGITS:
             channel, logit = MARK_LOGITS[name]
             bias_HD[head, MARK_DIMS[channel]] = logit / (MARK * LOGIT_SCALE)
+        for channel, logit in OF_MEDIA_ROWS.get(name, {}).items():
+            weight_HDM[head, MARK_DIMS[channel], VISION_MARK] = logit / (MARK**2 * LOGIT_SCALE)
 
 
 def keep_only(weight_HDM: torch.Tensor, dims: list[int]) -> None:

@@ -1,4 +1,5 @@
-"""What a program weighs and how long it takes to make, at 64 thousand to 1 million tokens.
+"""What a program weighs and how long it takes to make, at 64 thousand to 1 million tokens; and how often its making
+calls torch and waits for the device, which does not depend on the number of units.
 
 The last of 8 ranks, 28 heads without groups in the plan: half of them grids along frames with lines both ways, half
 vertical_slash with 1000 to 2000 columns and some 20 block diagonals; 8 pieces of keys.
@@ -11,11 +12,13 @@ import pytest
 import torch
 
 from sglang_mm.parallel.layout import make_layout
-from sglang_mm.patterns.catalog import Dense, Grid, VerticalSlash
-from sglang_mm.patterns.chosen import BLOCK, Lines, Nothing, Phases, Selection, Unit
+from sglang_mm.patterns.boundary import Boundary2D, HeadPlan, NoBoundary, QBoundary, panels
+from sglang_mm.patterns.catalog import AShape, Blocks, Dense, Grid, TriShape, VerticalSlash
+from sglang_mm.patterns.chosen import BLOCK, BlockSet, Lines, Nothing, Panel, Phases, Selection, Unit
 from sglang_mm.patterns.program import Shard, compile_piece, compile_rows
 from sglang_mm.types import Axis, Run, TileProgram, TokenMap
 from tests import token_maps
+from tests.exactness.counting import Counts, count
 from tests.exactness.layers import one_rank, single
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -159,3 +162,98 @@ def test_nothing_is_listed_that_no_entry_shows():
     ((_, _, program),) = one_rank(tokens, single(Grid("frame", sink=100, window=10), phases)).programs
     listed = program.keys[len(tokens) :].long()
     assert listed.tolist() == ((tokens.place == 3) & (torch.arange(len(tokens)) >= 100)).nonzero().flatten().tolist()
+
+
+PLANS: tuple[HeadPlan, ...] = (
+    QBoundary(text=AShape(64, 512), video=Grid("frame", horizontal=True)),
+    NoBoundary(Grid("row", phases=2)),
+    Boundary2D({"video-video": Grid("row", horizontal=True), "text-video": VerticalSlash(), "text-text": AShape()}),
+    NoBoundary(VerticalSlash()),
+    NoBoundary(Blocks()),
+    NoBoundary(TriShape(64, 512)),
+    NoBoundary(Dense()),
+)
+"""One for each of 7 heads; their units are of all kinds."""
+SHIFTED = Grid("frame", slash=1), Grid("row", slash=1)
+"""Each axis along which classes differ is one program more."""
+MOST_CALLS = {"rows": 330, "piece": 400}
+MOST_WAITS = {"rows": 5, "piece": 12}
+MOST_CALLS_PER_AXIS = {"rows": 125, "piece": 85}
+MOST_WAITS_PER_AXIS = {"rows": 3, "piece": 4}
+
+
+def some_set(pattern, tokens: TokenMap, seed: int):
+    """Differs from seed to seed."""
+    draw = torch.Generator().manual_seed(seed)
+    blocks = -(-len(tokens) // BLOCK)
+    match pattern:
+        case VerticalSlash():
+            columns = torch.randperm(len(tokens), generator=draw)[:300].sort().values
+            return Lines(columns, torch.randperm(blocks, generator=draw)[:6].sort().values)
+        case Grid():
+            axis = Axis(pattern.axis)
+            classes = torch.randperm(len(tokens.classes(axis)), generator=draw)
+            shifts = classes[:1] if pattern.slash else classes[:0]
+            return Phases(axis, classes[: pattern.phases].sort().values, torch.stack([0 * shifts, shifts], 1))
+        case Blocks():
+            lists = [torch.tensor([0, int(seed * 7 % (row + 1)), row]).unique() for row in range(blocks)]
+            return BlockSet(torch.arange(blocks), torch.tensor([0, *map(len, lists)]).cumsum(0), torch.cat(lists))
+        case _:
+            return Nothing()
+
+
+def counts_of(units: int, plans=PLANS) -> dict[str, Counts]:
+    """Of the second layer of a request, at 4 ranks; sets differ from unit to unit."""
+    frames = 20
+    tokens = token_maps.uniform_video(frames, 16, 16)
+    runs = [Run(0, 20), Run(20, frames * PLACES, frames, "video"), Run(20 + frames * PLACES, 30)]
+    own, *_, piece = [Shard(tokens, rows) for rows in make_layout(runs, 4).rows]
+
+    def layer(seed: int) -> Selection:
+        found = []
+        for head in range(units):
+            wanted = panels(plans[head % len(plans)], tokens.modalities)
+            sets = [some_set(pattern, tokens, seed + 10 * head + i) for i, (_, _, pattern) in enumerate(wanted)]
+            parts = (Panel(rows, keys, pattern, each) for (rows, keys, pattern), each in zip(wanted, sets))
+            found.append(Unit((head,), tuple(parts)))
+        return Selection(tuple(found), 7)
+
+    compile_piece(compile_rows(layer(0), own), piece)
+    second = layer(1000)
+    rows, of_rows = count(lambda: compile_rows(second, own))
+    _, of_piece = count(lambda: compile_piece(rows, piece))
+    return {"rows": of_rows, "piece": of_piece}
+
+
+@pytest.mark.parametrize("axes", [0, 1, 2])
+def test_units_are_compiled_together(axes):
+    """Calls and waits of 28 units are within a budget, and those of 14 units."""
+    plans = [*map(NoBoundary, SHIFTED[:axes]), *PLANS[axes:]]
+    few, many = counts_of(14, plans), counts_of(28, plans)
+    assert many == few
+    for step, found in many.items():
+        print(f"{axes} axes, {step}: {found}", end=" ")
+        assert found.calls <= MOST_CALLS[step] + axes * MOST_CALLS_PER_AXIS[step]
+        assert found.waits <= MOST_WAITS[step] + axes * MOST_WAITS_PER_AXIS[step]
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda numbers: numbers.tolist(),
+        lambda numbers: int(numbers[1]),
+        lambda numbers: bool((numbers > 1).any()),
+        lambda numbers: numbers.nonzero(),
+        lambda numbers: numbers[numbers > 1],
+        lambda numbers: numbers.repeat_interleave(numbers),
+        lambda numbers: torch.bincount(numbers),
+        lambda numbers: numbers.unique(),
+        lambda numbers: numbers.cpu(),
+        lambda numbers: torch.equal(numbers, numbers + 1),
+    ],
+)
+def test_waits_are_seen(wait):
+    numbers = torch.arange(4)
+    assert count(lambda: wait(numbers))[1].waits == 1
+    without = lambda: numbers.repeat_interleave(numbers, output_size=6)[numbers].cumsum(0)  # noqa: E731
+    assert count(without)[1] == Counts(calls=4, waits=0)  # to repeat is two

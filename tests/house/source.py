@@ -31,8 +31,8 @@ ROOMS = {
     "events": Room(libraries={"msgspec", "zmq"}),
     "pixels": Room(libraries={"torch", "msgspec", "zmq"}),
     "serving": Room(
-        NOUNS | {"kernels", "modality", "parallel", "events", "pixels"},
-        {"torch", "sglang", "fastapi", "torchcodec", "decord", "prometheus_client", "cv2", "psutil"},
+        NOUNS | {"kernels", "modality", "parallel", "patterns", "events", "pixels"},
+        {"torch", "msgspec", "sglang", "fastapi", "torchcodec", "decord", "prometheus_client", "cv2", "psutil"},
     ),
     "dryrun": Room(NOUNS | {"patterns", "plan", "parallel"}, {"torch", "msgspec"}),
     "launch": Room(NOUNS | {"serving", "events", "dryrun"}, {"ray", "rich"}),

@@ -40,10 +40,10 @@ class Twin:
             out[0, at, head] = torch.softmax(scores, 1) @ v_1NHD[0, keys, kv_head].float()
         return out.to(q_1MHD.dtype), lse
 
-    def rest(self, q_THD, k_KHD, v_KHD, program, scale, out, lse) -> None:
+    def rest(self, q_THD, packer, program, scale, out, lse, align=1) -> None:
         self.rests.append(program)
         if self.takes_rest:
-            merge(out, lse, *attend_tiles(q_THD, k_KHD, v_KHD, program, scale=scale))
+            merge(out, lse, *attend_tiles(q_THD, packer.k_KHD, packer.v_KHD, program, scale=scale))
 
 
 def run(program: TileProgram, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,17 @@ CUDA = torch.device("cuda", 0)
 H100 = Problem(CUDA, 90, torch.bfloat16, 28, 4, 128, rows=8192, keys=8192, items=64, entries=400, full_entries=200)
 
 
-def test_the_reference_runs_on_cpu():
-    choice = choose_backend(problem_of(*draw(3, 1)[:2], TWO_UNITS))
-    assert str(choice) == "reference"
+@pytest.mark.parametrize(
+    ("dtype", "text"),
+    [
+        (torch.float32, "cpu"),
+        (torch.bfloat16, "cpu"),
+        (torch.float64, "reference; not cpu: computes in float32, and float64 stays with the reference"),
+    ],
+    ids=str,
+)
+def test_on_cpu(dtype, text):
+    assert str(choose_backend(problem_of(*draw(3, 1, dtype)[:2], TWO_UNITS))) == text
 
 
 def test_fa4_first_on_hopper():
@@ -79,9 +87,11 @@ def test_what_was_asked_for_and_cannot_run_is_refused():
     problem = problem_of(*draw(3, 1)[:2], TWO_UNITS)
     with pytest.raises(ConfigError, match=r"backend 'triton': needs a CUDA device, not cpu.*TRITON_INTERPRET=1"):
         choose_backend(problem, "triton")
-    with pytest.raises(ConfigError, match=r"backend 'cuda_magic'.*auto, fa4, triton, flashinfer, reference"):
+    with pytest.raises(ConfigError, match=r"backend 'cuda_magic'.*auto, fa4, triton, flashinfer, cpu, reference"):
         choose_backend(problem, "cuda_magic")
-    assert set(BACKENDS) == {"fa4", "triton", "flashinfer", "reference"}
+    with pytest.raises(ConfigError, match=r"backend 'cpu': runs on CPU, not on cuda:0"):
+        choose_backend(H100, "cpu")
+    assert set(BACKENDS) == {"fa4", "triton", "flashinfer", "cpu", "reference"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -89,12 +99,13 @@ def test_programs_are_added_to_the_state(dtype):
     """Two programs that show the same keys: each key counts twice, so lse grows by log 2 and out stays."""
     q, k, v = draw(3, 1, dtype)
     want, lse_want = attend_tiles(q, k, v, TWO_UNITS, scale=SCALE)
-    out, lse = sparse_attention(q, k, v, [TWO_UNITS, TWO_UNITS], scale=SCALE)
+    how = {"scale": SCALE, "backend": "reference"}
+    out, lse = sparse_attention(q, k, v, [TWO_UNITS, TWO_UNITS], **how)
     eps = torch.finfo(out.dtype).eps
     assert (out - want).abs().max() <= 4 * eps * want.abs().max()
     assert (lse - lse_want - log(2))[lse_want.isfinite()].abs().max() <= 8 * eps * 2
     state = empty_state(q)
-    assert sparse_attention(q, k, v, [TWO_UNITS], scale=SCALE, state=state) == state, "in place"
+    assert sparse_attention(q, k, v, [TWO_UNITS], **how, state=state) == state, "in place"
     assert torch.equal(state[0], want) and torch.equal(state[1], lse_want)
     assert torch.equal(sparse_lse(q, k, [TWO_UNITS], scale=SCALE), tile_lse(q, k, TWO_UNITS, scale=SCALE))
 

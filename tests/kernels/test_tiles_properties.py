@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_mm.kernels import sparse_attention
 from sglang_mm.kernels.tiles import attend_tiles
 from sglang_mm.types import INF, TileProgram
 from tests.exactness.decode import times_shown
@@ -59,4 +60,7 @@ def test_any_program(program: TileProgram, dtype, seed):
     shown = times_shown(program)
     assert int(shown.max()) <= 1 if shown.numel() else True
     state = attend_tiles(q, k, v, program, scale=SCALE)
-    assert_exact(state, q, k, v, shown.bool().repeat_interleave(2, 0), merges=1)
+    seen = shown.bool().repeat_interleave(2, 0)
+    assert_exact(state, q, k, v, seen, merges=1)
+    if dtype != torch.float64:
+        assert_exact(sparse_attention(q, k, v, [program], scale=SCALE, backend="cpu"), q, k, v, seen, merges=1)

@@ -45,7 +45,7 @@ def test_works_cover_each_item_once(layer: Layer, step, processors, shortest):
             assert bool((program.full_count > 0).all()) and bool((program.part_count > 0).all())
             assert bool((program.key_ptr.diff() > 0).all()) and int(program.row_ptr.diff().max()) <= 128
             order = packing_order(program)
-            made = make_works(program, order.start, step, processors)
+            made = make_works(program, order, step, processors)
             full, part = [[] for _ in range(program.items)], [[] for _ in range(program.items)]
             for item, of_full, of_part in zip(made.item.tolist(), made.full, made.part):
                 if item >= 0:
@@ -102,7 +102,7 @@ def program_of(visits: list[int], heads: tuple[tuple[int, ...], ...]):
 def test_slots_suffice_for_units_of_any_size(visits, heads, processors, slots, monkeypatch):
     monkeypatch.setattr(works, "SHORTEST", 1)
     program = program_of(visits, heads)
-    made = make_works(program, packing_order(program).start, 64, processors)
+    made = make_works(program, packing_order(program), 64, processors)
     assert int(made.split_slots[:, 1].where(made.split_item >= 0, 0).max()) == slots <= made.slots
 
 
@@ -111,7 +111,7 @@ def test_a_long_row_among_short_ones_is_split():
     items = [Item(0, 0, full=[(0, 100)]), *(Item(unit, 0, full=[(unit, 1)]) for unit in range(1, 5))]
     heads = tuple((head,) for head in range(5))
     program = tile_program(torch.arange(128), torch.arange(128 * 100), [range(128)], keys, items, heads, group=5)
-    made = make_works(program, packing_order(program).start, 64, processors=2)
+    made = make_works(program, packing_order(program), 64, processors=2)
     assert made.slot.tolist()[:8] == list(range(8)), "208 visits, shares of 26: eight parts of 25"
     assert made.item.tolist()[:12] == [0] * 8 + [1, 2, 3, 4]
     assert made.split_item.tolist()[0] == 0 and set(made.split_item.tolist()[1:]) == {-1}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sglang_mm.errors import ConfigError, RingBroken
-from sglang_mm.parallel import gather
+from sglang_mm.parallel import pieces
 from sglang_mm.parallel.gather import GatherTables, attend_gathered, head_stages
 from sglang_mm.parallel.layout import make_layout
 from sglang_mm.parallel.local import run_ranks
@@ -117,7 +117,7 @@ def test_tables_serve_all_layers_and_any_dealing_of_rows():
 def test_the_next_stage_travels_while_a_stage_is_computed(monkeypatch):
     """Posted before every kernel call: this stage and the next one, never more."""
     prompts = make_prompts([[Run(0, 40)]], 2, torch.float32, heads=(4, 4, 8))
-    attend, events = gather.causal_attention, {0: [], 1: []}
+    attend, events = pieces.causal_attention, {0: [], 1: []}
 
     def watch(transport):
         exchange, mine = transport.exchange, events[transport.rank]
@@ -128,7 +128,7 @@ def test_the_next_stage_travels_while_a_stage_is_computed(monkeypatch):
         events[int(threading.current_thread().name.split()[-1])].append("compute")
         return attend(*args, **kwargs)
 
-    monkeypatch.setattr(gather, "causal_attention", called)
+    monkeypatch.setattr(pieces, "causal_attention", called)
     run_ranks(watch, 2)
     assert events[0] == events[1] == ["post", *["post", "compute"] * 3, "compute"]
 

@@ -9,10 +9,10 @@ from sglang_mm.patterns.boundary import QBoundary
 from sglang_mm.patterns.catalog import AShape, Blocks, Dense, Grid, VerticalSlash
 from sglang_mm.patterns.density import density
 from sglang_mm.patterns.program import Shard
-from sglang_mm.patterns.select import CANDIDATES, auto_select, select
+from sglang_mm.patterns.select import auto_select, candidates_for, select
 from sglang_mm.types import Axis, Modality
 from tests.patterns.maps import Media, Text, token_map
-from tests.patterns.planted import Columns, Diagonal, Line, Noise, plant
+from tests.patterns.planted import Columns, Diagonal, Line, Noise, Shift, plant
 from tests.patterns.ranks import random_shards, spread
 
 pytestmark = pytest.mark.usefixtures("nan_poison", "one_thread")
@@ -121,9 +121,73 @@ def test_a_prompt_of_text_tries_no_grids():
 def test_a_short_prompt_is_dense_with_the_candidates_of_long_ones():
     """The window of 4096 covers it."""
     q, k = plant(TOKENS, [Columns()], columns=(0, 1))
-    selection, report = auto(q, k, units=[(0,)], candidates=(CANDIDATES[0],))
+    far = candidates_for(1 << 20)[1]
+    assert far == AShape()
+    selection, report = auto(q, k, units=[(0,)], candidates=(far,))
     assert isinstance(of_video(selection)[0].pattern, Dense)
     assert next(v for v in report.verdicts if v.rows == Modality.VIDEO).trials[0].recall == pytest.approx(1, abs=1e-6)
+
+
+def test_candidates_of_long_prompts_have_the_patterns_own_sizes():
+    full = candidates_for(1 << 16)
+    own = {AShape(), Grid(axis="frame"), Grid(axis="row"), VerticalSlash(), Blocks()}
+    assert own < set(full) and len(full) == 9
+    assert candidates_for(1 << 20) == full != candidates_for((1 << 16) - 4096)
+
+
+def test_sizes_follow_the_length():
+    near, far, *_, few, many, _ = candidates_for(6000)
+    assert (near, far) == (AShape(16, 128), AShape(16, 384))
+    assert (few, many) == (VerticalSlash(128, 256, 16, 128), VerticalSlash(384, 256, 16, 128))
+    assert [each.axis for each in candidates_for(6000) if isinstance(each, Grid) and each.slash] == ["frame", "row"]
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 1990, 5000, 12_345, 65_535, 70_000])
+def test_candidates_differ_and_are_whole_tiles(tokens):
+    found, full = candidates_for(tokens), candidates_for(1 << 16)
+    assert len(set(found)) == len(found) and {type(each) for each in found} == {type(each) for each in full}
+    largest = {"window": 4096, "vertical": 4000, "slash": 2048, "sink": 128}
+    for name, most in largest.items():
+        sizes = {getattr(each, name, None) for each in found} - {None, 0, 1}
+        tile = 16 if name == "sink" else 128
+        assert all(size % tile == 0 or size == 1000 or size == 4000 for size in sizes)
+        assert max(sizes) >= min(tile, most) and max(sizes) <= most
+        assert max(sizes) - tile < most * min(1, tokens / (1 << 16))
+
+
+def test_a_grid_of_differences_is_found_at_any_length():
+    """Each place looks at itself in all frames, then each column; no line of one class has half of either."""
+    tokens = token_map(Text(40), Media(60, 8, 10), Text(30))
+    wanted = [(Shift(Axis.FRAME, 0), "frame"), (Shift(Axis.ROW, 3), "row"), (Line(Axis.FRAME, 7), "frame")]
+    q, k = plant(tokens, [each for each, _ in wanted], noise=1.0)
+    selection, report = auto(q, k, tokens, units=[(0,), (1,), (2,)], candidates=None)
+    print(f"\n{report}")
+    for (_, axis), panel in zip(wanted, of_video(selection)):
+        assert isinstance(panel.pattern, Grid) and panel.chosen.axis == axis
+    shifts = [panel.chosen.shifts.tolist() for panel in of_video(selection)]
+    assert shifts == [[[0, 0]], [[0, 3]], []]
+
+
+def test_heads_that_need_no_lines_take_none():
+    """Otherwise rounding would choose their class."""
+    q, k = plant(TOKENS, [Columns()], columns=(0, 1, 2))
+    selection, _ = auto(q, k, units=[(0,)], candidates=None)
+    assert of_video(selection)[0].pattern == candidates_for(len(TOKENS))[0]
+
+
+def test_all_chunks_have_the_candidates_of_the_prompt():
+    """Class masses are handed on by pattern."""
+    tokens = token_map(Text(40), Media(900, 4, 6), Text(30))
+    assert candidates_for(1200)[2] != candidates_for(len(tokens))[2]
+    q, k = plant(tokens, [Line(Axis.FRAME, 7)])
+    found, masses = [], {}
+    for chunk in (range(1200), range(1200, len(tokens))):
+        rows, keys = (Shard(tokens, torch.arange(start, chunk.stop)) for start in (chunk.start, 0))
+        part = q[chunk.start : chunk.stop], k[: chunk.stop]
+        _, report = auto_select([(0,)], 2, *part, rows, keys, scale=1.0, chunk=chunk, previous=masses)
+        masses = report.class_masses
+        found.append({key for key in masses if key[1] == Modality.VIDEO})
+    assert found[0] == found[1] and len(found[0]) == 4
 
 
 def test_a_chunk_without_video_decides_for_text_alone():

@@ -10,7 +10,7 @@ import torch
 
 from sglang_mm.errors import ConfigError
 from sglang_mm.patterns.catalog import AShape, Blocks, Dense, Grid, VerticalSlash
-from sglang_mm.patterns.chosen import BlockSet, Lines, Nothing, Panel, Phases, Selection, Unit, check_fits
+from sglang_mm.patterns.chosen import BlockSet, Lines, Marks, Nothing, Panel, Phases, Selection, Unit, read_marks
 from sglang_mm.types import Axis, Modality
 from tests.token_maps import uniform_video
 
@@ -106,6 +106,59 @@ def test_sets_of_another_prompt(chosen, given):
     tokens = uniform_video(1, 4, 6)
     assert len(tokens) == 74
     with pytest.raises(ConfigError, match=given):
-        check_fits(chosen, tokens)
-    check_fits(Lines(long(73), long()), tokens)
-    check_fits(Phases(Axis.ROW, long(5), shifts((0, 5))), tokens)
+        read_marks([Lines(long(3), long()), chosen], tokens)
+
+
+def test_marks_are_those_of_each_set():
+    tokens = uniform_video(1, 4, 6)
+    sets = (
+        Nothing(),
+        Phases(Axis.ROW, long(1, 5), shifts((0, 5))),
+        Lines(long(73), long()),
+        Phases(Axis.FRAME, long(), shifts()),
+        BlockSet(long(), long(0), long()),
+        Phases(Axis.FRAME, long(23), shifts((0, 0), (0, 7))),
+    )
+    none = Marks((), ())
+    marks = [none, Marks((1, 5), ((0, 5),)), none, none, none, Marks((23,), ((0, 0), (0, 7)))]
+    assert read_marks(sets, tokens) == marks
+    assert read_marks([Nothing(), Lines(long(), long(3))], tokens) == [none, none]
+
+
+def grouped(*heads: tuple[int, ...]) -> Selection:
+    """2 query heads per K/V head; each unit has a set of its own."""
+    units = (Unit(each, (Panel(None, None, VerticalSlash(), Lines(long(each[0]), long())),)) for each in heads)
+    return Selection(tuple(units), 2)
+
+
+def test_units_of_some_kv_heads():
+    whole = grouped((0, 1), (2,), (3,), (4, 5), (7, 6))
+    part = whole.of_kv_heads(1, 3)
+    assert part.group == 2 and [unit.heads for unit in part.units] == [(0,), (1,), (2, 3)]
+    assert [unit.panels for unit in part.units] == [unit.panels for unit in whole.units[1:4]]
+    assert whole.of_kv_heads(3, 4).units[0].heads == (1, 0)
+    assert whole.of_kv_heads(0, 4).digest() == whole.digest()
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (0, 3), (2, 3), (-1, 1)])
+def test_kv_heads_that_a_selection_does_not_have(heads):
+    with pytest.raises(ConfigError, match=rf"K/V heads {heads[0]} .. {heads[1] - 1}\. Allowed: some of \[0, 1\]"):
+        grouped((0, 1), (2, 3)).of_kv_heads(*heads)
+
+
+def test_dense_is_dense_everywhere():
+    dense = Panel(Modality.TEXT, None, Dense(), Nothing())
+    assert selection(more=(dense,)).is_dense
+    assert not selection(more=(Panel(Modality.TEXT, None, AShape(), Nothing()),)).is_dense
+
+
+def test_dense_units_apart():
+    some = grouped((0, 1), (3,), (4, 5))
+    dense = [Unit(heads, (Panel(None, None, Dense(), Nothing()),)) for heads in ((6, 7), (2,))]
+    heads, others = Selection((dense[0], *some.units, dense[1]), 2).split_dense()
+    assert heads == (2, 6, 7) and others.units == some.units and others.group == 2
+    assert Selection(tuple(dense), 2).split_dense() == ((2, 6, 7), None)
+    heads, others = some.split_dense()
+    assert heads == () and others.units == some.units
+    half = Unit((0,), (*dense[0].panels, Panel(Modality.TEXT, None, AShape(), Nothing())))
+    assert Selection((half,), 1).split_dense()[0] == ()

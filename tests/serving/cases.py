@@ -44,10 +44,10 @@ def build(model_path: str, video_path: str) -> list[Case]:
     text = "".join(chr(c) for c in rng.integers(97, 123, 700))
     return [
         Case("text", {"input_ids": processor.tokenizer(text)["input_ids"]}),
-        _media_case("one image", processor, "Describe: ", images=[picture(728, 840)]),
-        _media_case("three images", processor, "Compare these: ",
+        media_case("one image", processor, "Describe: ", images=[picture(728, 840)]),
+        media_case("three images", processor, "Compare these: ",
                     images=[picture(224, 280), picture(448, 392), picture(392, 560)]),
-        _media_case("one video", processor, "What moves? ", videos=[frames(24, 224, 280)]),
+        media_case("one video", processor, "What moves? ", videos=[frames(24, 224, 280)]),
         Case("video file", {"prompt": _chat(processor, ["video"], "And here? "), "video_data": [video_path]}),
     ]  # fmt: skip
 
@@ -59,7 +59,7 @@ def _chat(processor, kinds: list[str], question: str) -> str:
     )
 
 
-def _media_case(name: str, processor, question: str, images=(), videos=()) -> Case:
+def media_case(name: str, processor, question: str, images=(), videos=()) -> Case:
     prompt = _chat(processor, ["image"] * len(images) + ["video"] * len(videos), question)
     kwargs = {"images": list(images)} if images else {"videos": list(videos), "do_sample_frames": False, "fps": 2.0}
     made = processor(text=[prompt], return_tensors="pt", **kwargs)

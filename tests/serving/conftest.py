@@ -4,13 +4,15 @@ from functools import cache
 
 import pytest
 
+from sglang_mm.patterns.plan_file import read_model, save
 from sglang_mm.tiny import write_checkpoint, write_video
-from tests.serving import cases
+from tests.serving import cases, plans, sparse_cases
 from tests.serving.engine_process import engine
 
 KV_TOKENS = 24_000  # a fraction of what the soak prefills, so that the cache has to evict
 SOAK_REQUESTS = 200
 LONG_ANSWER, LONG_PROMPT = 96, 8000  # tokens
+KEEPING = (1, 3)  # replicas of the engines that keep what was selected
 SOAKED = {(1, 1), (1, 2)}  # wider ones are asked in test_soak.py
 
 
@@ -53,7 +55,19 @@ def long_question(prompts) -> cases.Case:
 
 
 @pytest.fixture(scope="session")
-def answers(checkpoint, prompts):
+def plan(checkpoint, tmp_path_factory) -> str:
+    """Every pattern and every boundary, each on a head of its own."""
+    return str(save(plans.every_pattern(read_model(checkpoint)), tmp_path_factory.mktemp("plan") / "every.json"))
+
+
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory):
+    """kept(cp): where the engine of that width keeps what its sparse requests attended to."""
+    return cache(lambda cp: str(tmp_path_factory.mktemp(f"kept-{cp}")))
+
+
+@pytest.fixture(scope="session")
+def answers(checkpoint, prompts, plan, kept):
     """answers(tp, cp, schedule): everything asked of one engine, started when first wanted and then closed."""
 
     @cache
@@ -65,6 +79,8 @@ def answers(checkpoint, prompts):
 
     def ask_engine(tp: int, cp: int, schedule: str) -> dict:
         arguments = {"tp": tp, "cp": cp, "schedule": schedule, "max_total_tokens": KV_TOKENS}
+        arguments |= {"sparse": plan, "sparse_min_tokens": sparse_cases.FEWEST}
+        arguments["keep_selections"] = kept(cp) if tp == 1 and cp in KEEPING else ""
         with engine("tests.serving.observed:ObservedEngine", model_path=checkpoint, **arguments) as ask:
             ask("keep_prompts")
             told = {"infos": ask("rank_infos")}
@@ -75,6 +91,7 @@ def answers(checkpoint, prompts):
             for case in cases.follow_ups(prompts):
                 told[case.name] = ask("generate", **case.request)
             told |= beyond_generate(ask, cp)
+            told |= sparse_cases.ask_all(ask, checkpoint, prompts)
             if (tp, cp) in SOAKED:
                 told["soak"] = ask("tests.serving.soak:run", prompts, SOAK_REQUESTS)
         return told

@@ -34,6 +34,12 @@ class ObservedEngine(sglang_mm.Engine):
         os.environ[STATES] = str(self.states)
         super().__init__(**arguments)
 
+    def generate(self, *args, **request):
+        return super().generate(*args, **_densely(request))
+
+    async def async_generate(self, *args, **request):
+        return await super().async_generate(*args, **_densely(request))
+
     def rank_states(self) -> list[dict]:
         """Of every rank. SGLang waits for rank 0's answer alone; the others' files come when they come."""
         for old in self.states.iterdir():
@@ -45,6 +51,14 @@ class ObservedEngine(sglang_mm.Engine):
                 raise TimeoutError(f"{len(told)} of {expected} ranks told what they hold within {DEADLINE_S} s")
             time.sleep(0.05)
         return [json.loads(path.read_text()) for path in told]
+
+
+def _densely(request: dict) -> dict:
+    """What does not say otherwise is dense: one engine serves the tests of dense and of sparse prefill."""
+    asked = request.get("sampling_params") or {}
+    each = asked if isinstance(asked, list) else [asked]
+    dense = [{"custom_params": {"sparse": "off"}, **params} for params in each]
+    return {**request, "sampling_params": dense if isinstance(asked, list) else dense[0]}
 
 
 def _counting(original):

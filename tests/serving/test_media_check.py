@@ -113,6 +113,25 @@ def test_overlapping_media_are_refused(prepared):
         check(prepared)
 
 
+def test_an_image_between_two_videos_of_one_item_passes(prepared, sglang):
+    """SGLang keeps all videos of a prompt in one item, wherever they are."""
+    (videos,) = prepared.mm_items
+    videos.model_specific_data = {"video_grid_thw": torch.tensor([[1, 4, 6], [1, 4, 6]])}
+    videos.offsets = [(1, 6), (12, 17)]
+    image = sglang.MultimodalDataItem(
+        modality=sglang.Modality.IMAGE,
+        feature=torch.zeros(16, PATCH),
+        offsets=[(8, 11)],
+        format=sglang.MultimodalInputFormat.PROCESSOR_OUTPUT,
+        model_specific_data={"image_grid_thw": torch.tensor([[1, 4, 4]])},
+    )
+    prepared.mm_items.append(image)
+    check(prepared)
+    videos.offsets = [(1, 6), (11, 16)]
+    with pytest.raises(RequestError, match="a video at tokens 11 to 16"):
+        check(prepared)
+
+
 def test_pixels_that_sglang_made_are_not_searched(prepared):
     (item,) = prepared.mm_items
     item.format, item.feature = type(item.format).NORMAL, "a handle to another process's memory"

@@ -8,7 +8,7 @@ from sglang_mm import Engine
 from sglang_mm.config import Config
 from sglang_mm.errors import ConfigError
 from sglang_mm.serving.preflight import check_devices, check_sizes
-from sglang_mm.serving.settings import NEVER, NOT_SHARDED, refuse, set_by_user
+from sglang_mm.serving.settings import NEVER, OURS, refuse, set_by_user
 from tests.serving.bad_launches import seven_billion
 
 ASKED = [
@@ -35,7 +35,7 @@ def test_refused_with_context_parallelism(words):
 
 
 def test_every_rule_is_tried():
-    assert len(ASKED) >= len(NEVER | NOT_SHARDED)
+    assert len(ASKED) >= len(NEVER | OURS)
 
 
 def test_one_replica_allows_what_sglang_allows():

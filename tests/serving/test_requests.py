@@ -52,6 +52,13 @@ for record, first in json.loads(sys.argv[1]):
     metrics.observe(record, first)
 print("prometheus_client" in sys.modules)
 """
+SPARSE = {**RING, "sparse": {
+    "plan": "auto", "kernels": ["reference"], "density": 0.25, "recall": 0.9375, "tiles_per_rank": [3, 4],
+    "pairs": {"attended": 25, "causal": 100}, "fallbacks": {"blocks: recall below 0.9": 3},
+}}  # fmt: skip
+SPARSE_SERIES = {
+    f"sglang_mm_{name}" for name in ("pairs_total", "tiles_total", "sparse_choices_total", "recall_count", "recall_sum")
+}
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +168,10 @@ def test_a_line_has_all_of_the_record():
     )
     bare = {"schedule": "stock", "ranks": 16, "new_tokens": 9, "cached_tokens": 0}
     assert requests.line("a", bare) == "request a: stock on 16 ranks; 9 new tokens, 0 cached"
+    assert "; sparse by auto on reference: density 0.250, lowest recall 0.938, 3 x blocks: recall below 0.9; " in (
+        requests.line("a", SPARSE)
+    )
+    assert "; dense: few; " in requests.line("a", {**RING, "sparse": {"plan": "auto", "dense": "few"}})
     assert "rows per rank 9 to 11" in requests.line("a", {**bare, "rows_per_rank": [9, 10, *[11] * 14]})
 
 
@@ -225,9 +236,27 @@ def test_series_are_what_was_observed(tmp_path):
         'sglang_mm_stage_seconds_total{stage="transport"}': 1.0,
         'sglang_mm_predicted_seconds_total{schedule="ring"}': 5.0,
         'sglang_mm_measured_seconds_total{schedule="ring"}': 5.5,  # half of the slowest rank's 5.0 + 0.5, twice
+        "sglang_mm_tiles_total": 0,
+        "sglang_mm_recall_count": 0,
+        "sglang_mm_recall_sum": 0,
     }
     below = {name: count for name, count in buckets.items() if count == 0}
-    assert len(buckets) == len(metrics.BUCKETS) + 1 and 0 < len(below) < len(buckets)
+    assert len(buckets) == len(metrics.BUCKETS) + len(metrics.RECALLS) + 2 and 0 < len(below) < len(buckets)
+
+
+def test_sparse_series(tmp_path):
+    """Two sparse requests, and one that was dense on a sparse server."""
+    dense = {**RING, "sparse": {"plan": "auto", "dense": "the request asked for dense attention"}}
+    observed([(SPARSE, True), (SPARSE, True), (dense, True)], str(tmp_path))
+    found = series(str(tmp_path))
+    assert {name: value for name, value in found.items() if name.partition("{")[0] in SPARSE_SERIES} == {
+        'sglang_mm_pairs_total{kind="attended"}': 50,
+        'sglang_mm_pairs_total{kind="causal"}': 200,
+        "sglang_mm_tiles_total": 14,
+        'sglang_mm_sparse_choices_total{reason="blocks: recall below 0.9"}': 6,
+        "sglang_mm_recall_count": 2,
+        "sglang_mm_recall_sum": 1.875,
+    }
 
 
 def test_two_processes_add_up(tmp_path):

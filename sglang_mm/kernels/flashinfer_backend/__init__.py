@@ -25,6 +25,7 @@ from torch import Tensor
 from sglang_mm.kernels.flashinfer_backend.plan import Call, Numbers, Plan
 from sglang_mm.kernels.flashinfer_backend.plan_cache import forget_plans, plan_of
 from sglang_mm.kernels.merge import merge
+from sglang_mm.kernels.packing import Packer
 from sglang_mm.kernels.problem import Problem
 from sglang_mm.types import TileProgram
 
@@ -50,7 +51,14 @@ def unfit(problem: Problem) -> str | None:
 
 
 def attend(
-    q_THD: Tensor, k_KHD: Tensor, v_KHD: Tensor, program: TileProgram, scale: float, out: Tensor, lse: Tensor
+    q_THD: Tensor,
+    k_KHD: Tensor,
+    v_KHD: Tensor,
+    program: TileProgram,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    packer: Packer | None = None,
 ) -> None:
     """Add the program's result to the state. Waits for the device when it meets the program first, and not after that.
 
@@ -62,9 +70,11 @@ def attend(
     plan = plan_of(program, Numbers(q_THD.device, q_THD.dtype, k_KHD.shape[1], head_dim, scale))
     if not plan.calls:
         return
-    k_N1D, v_N1D = (
-        each.transpose(0, 1).index_select(1, plan.index).reshape(-1, 1, head_dim) for each in (k_KHD, v_KHD)
-    )
+
+    def by_head() -> list[Tensor]:
+        return [each.transpose(0, 1).index_select(1, plan.index).reshape(-1, 1, head_dim) for each in (k_KHD, v_KHD)]
+
+    k_N1D, v_N1D = (packer or Packer(k_KHD, v_KHD)).once(program, "heads", by_head)
     for call in plan.calls:
         q_SRD = q_THD[plan.rows_TR[call.tile_S], call.head_S[:, None]]
         partial = call.wrapper.run(q_SRD.reshape(-1, 1, head_dim), k_N1D, v_N1D, return_lse=True)

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sglang_mm.kernels.causal import causal_program
 from sglang_mm.kernels.merge import empty_state
-from sglang_mm.kernels.packing import Packed, pack, packing_order
+from sglang_mm.kernels.packing import Packed, Packer
 from sglang_mm.kernels.problem import Problem, capability_of
 from sglang_mm.kernels.triton_backend.attention import attend_kernel, join_kernel
 from sglang_mm.kernels.triton_backend.configs import (
@@ -47,10 +47,33 @@ def unfit(problem: Problem) -> str | None:
 
 
 def attend(
-    q_THD: Tensor, k_KHD: Tensor, v_KHD: Tensor, program: TileProgram, scale: float, out_THD: Tensor, lse_HT: Tensor
+    q_THD: Tensor,
+    k_KHD: Tensor,
+    v_KHD: Tensor,
+    program: TileProgram,
+    scale: float,
+    out_THD: Tensor,
+    lse_HT: Tensor,
+    packer: Packer | None = None,
 ) -> None:
     """Merge the program's result into the state, fp32, contiguous, in place. scale > 0. Never waits for the device."""
-    _launch(q_THD, k_KHD, v_KHD, program, scale, out_THD, lse_HT)
+    attend_packed(q_THD, packer or Packer(k_KHD, v_KHD), program, scale, out_THD, lse_HT)
+
+
+def attend_packed(
+    q_THD: Tensor,
+    packer: Packer,
+    program: TileProgram,
+    scale: float,
+    out_THD: Tensor | None,
+    lse_HT: Tensor,
+    align: int = 1,
+) -> None:
+    """The same, where another kernel has packed already. align: as for `packing_order`; runs of full entries must then
+    end with their only short tile, since its padding has no mask. out_THD None: the log-sum-exp alone."""
+    if program.items and program.entries:
+        with torch.cuda.device_of(q_THD):  # Triton launches on the current device
+            _launch(q_THD, packer, program, scale, out_THD, lse_HT, align)
 
 
 def attend_causal(
@@ -60,27 +83,20 @@ def attend_causal(
     device, kv_heads = q_THD.device, k_THD.shape[1]
     program = causal_program(pos_q.to(device), pos_k.to(device), kv_heads, q_THD.shape[1] // kv_heads)
     out_THD, lse_HT = empty_state(q_THD)
-    _launch(q_THD, k_THD, v_THD, program, scale, out_THD, lse_HT)
+    attend_packed(q_THD, Packer(k_THD, v_THD), program, scale, out_THD, lse_HT)
     return out_THD, lse_HT
 
 
 def add_lse(q_THD: Tensor, k_KHD: Tensor, program: TileProgram, scale: float, lse_HT: Tensor) -> None:
     """The same for the log-sum-exp alone; values are not needed."""
-    _launch(q_THD, k_KHD, None, program, scale, None, lse_HT)
+    attend_packed(q_THD, Packer(k_KHD, None), program, scale, None, lse_HT)
 
 
-def _launch(q_THD, k_KHD, v_KHD, program: TileProgram, scale: float, out_THD, lse_HT) -> None:
-    if program.items and program.entries:
-        with torch.cuda.device_of(q_THD):  # Triton launches on the current device
-            _launch_here(q_THD, k_KHD, v_KHD, program, scale, out_THD, lse_HT)
-
-
-def _launch_here(q_THD, k_KHD, v_KHD, program: TileProgram, scale: float, out_THD, lse_HT) -> None:
+def _launch(q_THD, packer: Packer, program: TileProgram, scale: float, out_THD, lse_HT, align: int) -> None:
     head_dim, width = q_THD.shape[2], padded(q_THD.shape[2])
     config = choose_config(capability_of(q_THD.device), q_THD.dtype, head_dim)
-    order = packing_order(program)
-    packed = pack(k_KHD, v_KHD, order)
-    works = make_works(program, order.start, config.keys, _processors(q_THD.device))
+    order, packed = packer.pack(program, align)
+    works = make_works(program, order, config.keys, _processors(q_THD.device))
     heads, subtiles = works.unit_heads.shape[1], TILE // config.rows
     slot_lse = lse_HT.new_empty(works.slots * TILE)
     slot_out = None if out_THD is None else lse_HT.new_empty(len(slot_lse), width)

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from sglang_mm.kernels.packing import Order
 from sglang_mm.types import TileProgram
 
 SHARES = 4
@@ -63,13 +64,13 @@ class Works:
     slots: int
 
 
-def make_works(program: TileProgram, start: Tensor, step: int, processors: int) -> Works:
-    """start int64 [key tiles + 1]: packed row where each tile begins. step: keys a visit. processors: of the device.
+def make_works(program: TileProgram, packing: Order, step: int, processors: int) -> Works:
+    """packing: in which order the program is packed. step: keys a visit. processors: of the device.
 
     The program has an item at least.
     """
-    full = _entries(program.full_ptr, program.full_tile, program.full_count, start, step)
-    part = _entries(program.part_ptr, program.part_tile, program.part_count, start, step)
+    full = _entries(program.full_ptr, program.full_tile, program.full_count, packing, step)
+    part = _entries(program.part_ptr, program.part_tile, program.part_count, packing, step)
     unit_heads = heads_of_units(program.heads, program.rows.device)
     unit = program.item_unit.long()
     heads = (unit_heads >= 0).sum(1)[unit]
@@ -113,9 +114,10 @@ def heads_of_units(heads: tuple[tuple[int, ...], ...], device: torch.device) -> 
     return torch.tensor(rows, dtype=torch.int32, device=device).view(-1, most)
 
 
-def _entries(ptr: Tensor, tile: Tensor, count: Tensor, start: Tensor, step: int) -> Entries:
+def _entries(ptr: Tensor, tile: Tensor, count: Tensor, packing: Order, step: int) -> Entries:
     tile, items = tile.long(), len(ptr) - 1
-    key, stop = start[tile], start[tile + count]
+    key = packing.start[tile]
+    stop = torch.maximum(packing.stop[tile + count], key)  # an entry may have no tile
     end64 = torch.nn.functional.pad(torch.cumsum((stop - key + step - 1) // step, 0), (1, 0))
     begin = end64[ptr]
     item = torch.arange(items, device=ptr.device).repeat_interleave(ptr.diff(), output_size=len(tile))

@@ -32,6 +32,8 @@ COLORS = {
 }
 MODALITIES = {Modality.TEXT: "#8c8c8c", Modality.IMAGE: "#aa4499", Modality.VIDEO: "#332288"}
 HIDDEN, BACKGROUND, SEPARATOR = "#bdbdbd", "#ffffff", "#000000"
+FAINTEST = 0.3
+"""Strength of a colour where next to no pair of a cell is seen."""
 FULL_SHADE = 0.68
 """Factor on the colour of what a full tile shows."""
 
@@ -67,6 +69,15 @@ def mask_pixels(part_SS: np.ndarray, scale: Scale) -> np.ndarray:
     above = np.triu(np.ones_like(part_SS, dtype=bool), 1)
     pooled, is_above = _pool(part_SS, scale.pool, 0), _pool(~above, scale.pool, 0) == 0
     return _zoom(table[np.where(is_above, len(Part), pooled)], scale.zoom)
+
+
+def cell_pixels(part: np.ndarray, share: np.ndarray, zoom: int) -> np.ndarray:
+    """uint8 [h, w, 3]: the colour of each cell's part, paler where fewer of its pairs are seen. As in `Cells`."""
+    colors = np.stack([rgb(COLORS[each]) for each in Part]).astype(np.float32)
+    strength = np.where(part == Part.UNSEEN, 0, FAINTEST + (1 - FAINTEST) * np.sqrt(np.nan_to_num(share)))[..., None]
+    pixels = colors[Part.UNSEEN] + (colors[part] - colors[Part.UNSEEN]) * strength
+    pixels[np.isnan(share)] = rgb(BACKGROUND)
+    return _zoom(pixels.round().astype(np.uint8), zoom)
 
 
 def program_pixels(
@@ -118,9 +129,9 @@ def band_pixels(code_N: np.ndarray, place_N: np.ndarray, length: int, thick: int
     dark = [rgb(color) for color in MODALITIES.values()]
     both = [color for pair in zip(dark, light) for color in pair]
     table = np.stack([rgb(BACKGROUND), *both, rgb(SEPARATOR)])
-    code = np.zeros((1, length), dtype=np.int64)
-    code[0, place_N] = code_N
-    pooled = _pool(code.repeat(scale.pool, 0), scale.pool, 0)
+    code = np.zeros(length + -length % scale.pool, dtype=np.int64)
+    code[place_N] = code_N
+    pooled = code.reshape(1, -1, scale.pool).max(2)
     return table[pooled.repeat(scale.zoom, 1)].repeat(thick, 0)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from math import floor, log2
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 from torch import Tensor
@@ -30,6 +31,7 @@ from sglang_mm.patterns.pictures.sheet import CHARACTER, Sheet
 from sglang_mm.patterns.pictures.views import (
     LINE,
     SMALL,
+    CellsView,
     MaskView,
     ProgramView,
     modality_legend,
@@ -68,11 +70,19 @@ def draw_plan(plan: Plan, layer: int, head: int | None, tokens: TokenMap, path: 
 
 
 def draw_unit(
-    unit: Unit, tokens: TokenMap, path: str | Path, *, title: str, note: str = "", tile: int | None = None
+    unit: Unit,
+    tokens: TokenMap,
+    path: str | Path,
+    *,
+    title: str,
+    note: str = "",
+    tile: int | None = None,
+    told: Sequence[str] = (),
 ) -> Path:
     """Write a PNG of one unit's mask, as selected for a request, and of its tile programs.
 
-    tile: rows and keys per tile of the programs, 1 .. 128; by default some 32 tiles cover the prompt.
+    tile: rows and keys per tile of the programs, 1 .. 128; by default some 32 tiles cover the prompt. told: lines about
+    the request, below the patterns.
     Raises ConfigError for a prompt of more than LONGEST tokens, without matplotlib, and for a file that cannot be
     written.
     """
@@ -82,21 +92,46 @@ def draw_unit(
     part_SS = part_of_pairs(unit, tokens)
     programs = permuted(unit, tokens, tile)
     shown = part_SS.cpu().numpy()
-    views = [MaskView(unit, tokens, shown, scale), *(ProgramView(each, tokens, shown, scale) for each in programs)]
+    views: list = [
+        MaskView(unit, tokens, shown, scale),
+        *(ProgramView(each, tokens, shown, scale) for each in programs),
+    ]
     captions = _captions(part_SS, programs, tile)
+    words = f"{len(tokens)} tokens, density {density(unit, tokens):.1%} of the causal pairs"
+    notes = [note] * bool(note) + _pooled(scale) + ["Kernels take tiles of 64 or 128."] * (tile < 64)
+    legend = [*modality_legend(tokens), *state_legend()]
+    return compose(views, captions, pattern_lines(unit.panels), told, (title, words), legend, notes).save(path)
+
+
+def compose(
+    views: Sequence[MaskView | ProgramView | CellsView],
+    captions: Sequence[str],
+    patterns: Sequence[str],
+    told: Sequence[str],
+    heading: tuple[str, str],
+    legend: Sequence[tuple[str, str]],
+    notes: Sequence[str],
+) -> Sheet:
+    """A sheet of views side by side, and below them patterns in columns, lines of their own, legend and notes."""
     widths = [_width(view, caption) for view, caption in zip(views, captions)]
-    lines, columns = pattern_lines(unit.panels), max(1, sum(widths) // COLUMN)
+    width = sum(widths)
+    columns = max(1, width // COLUMN)
     foot = TOP + max(len(view.pixels) for view in views) + AXIS
-    sheet = Sheet(sum(widths), foot + -(-len(lines) // columns) * LINE + FOOT)
-    _head(sheet, title, f"{len(tokens)} tokens, density {density(unit, tokens):.1%} of the causal pairs")
+    below = foot + -(-len(patterns) // columns) * LINE
+    told = [
+        line for each in told for line in wrap(each, int((width - 40) / (SMALL * CHARACTER)), subsequent_indent="  ")
+    ]
+    sheet = Sheet(width, below + len(told) * LINE + FOOT)
+    _head(sheet, *heading)
     for view, caption, x in zip(views, captions, accumulate([0, *widths])):
         sheet.text(x + view.margins[0], TOP - 80, caption, CAPTION)
         view.draw(sheet, x + view.margins[0], TOP)
-    for number, line in enumerate(lines):
+    for number, line in enumerate(patterns):
         sheet.text(20 + number % columns * COLUMN, foot + number // columns * LINE, line, SMALL)
-    notes = [note] * bool(note) + _pooled(scale) + ["Kernels take tiles of 64 or 128."] * (tile < 64)
-    _foot(sheet, [*modality_legend(tokens), *state_legend()], " ".join(notes))
-    return sheet.save(path)
+    for number, line in enumerate(told):
+        sheet.text(20, below + number * LINE, line, SMALL)
+    _foot(sheet, legend, " ".join(notes))
+    return sheet
 
 
 def draw_units(
@@ -110,20 +145,29 @@ def draw_units(
         part_SS = part_of_pairs(unit, tokens).cpu().numpy()
         pixels[unit], shares[unit] = mask_pixels(part_SS, scale), density(unit, tokens)
         present |= set(np.unique(part_SS).tolist())
-    across = -(-len(units) // -(-len(units) // 7))  # rows of at most seven, equally long
-    longest = max(len(name) for name, _ in units)
-    side = -(-len(tokens) // scale.pool) * scale.zoom
+    named = [(name, f"density {shares[unit]:.1%}", pixels[unit]) for name, unit in units]
+    words = f"{len(tokens)} tokens; density: share of the causal pairs"
+    return compose_small(named, present, (title, words), [note] * bool(note) + _pooled(scale)).save(path)
+
+
+def compose_small(
+    named: Sequence[tuple[str, str, np.ndarray]], present: set[int], heading: tuple[str, str], notes: Sequence[str]
+) -> Sheet:
+    """A sheet of small masks: (name, words, pixels) of each. present: the parts that occur."""
+    across = -(-len(named) // -(-len(named) // 7))  # rows of at most seven, equally long
+    longest = max(len(words) for each in named for words in each[:2])
+    side = max(len(pixels) for _, _, pixels in named)
     step_x, step_y = max(side, round(longest * SMALL * CHARACTER)) + 20, side + 60
-    sheet = Sheet(max(across * step_x + 40, 1240), -(-len(units) // across) * step_y + 190)
-    _head(sheet, title, f"{len(tokens)} tokens; density: share of the causal pairs")
-    for number, (name, unit) in enumerate(units):
+    sheet = Sheet(max(across * step_x + 40, 1240), -(-len(named) // across) * step_y + 190)
+    _head(sheet, *heading)
+    for number, (name, words, pixels) in enumerate(named):
         x, y = 20 + number % across * step_x, 84 + number // across * step_y
         sheet.text(x, y, name, SMALL)
-        sheet.text(x, y + LINE, f"density {shares[unit]:.1%}", SMALL)
-        sheet.image(x, y + 2 * LINE + 4, pixels[unit])
+        sheet.text(x, y + LINE, words, SMALL)
+        sheet.image(x, y + 2 * LINE + 4, pixels)
     entries = [(color, name) for part, color, name in part_names() if part in present]
-    _foot(sheet, entries, " ".join([note] * bool(note) + _pooled(scale)))
-    return sheet.save(path)
+    _foot(sheet, entries, " ".join(notes))
+    return sheet
 
 
 def default_tile(tokens: int) -> int:

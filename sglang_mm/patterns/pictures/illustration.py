@@ -8,7 +8,7 @@ from torch import Tensor
 from sglang_mm.patterns.boundary import HeadPlan, panels
 from sglang_mm.patterns.catalog import Blocks, Grid, Pattern, VerticalSlash
 from sglang_mm.patterns.chosen import BLOCK, BlockSet, Chosen, Lines, Nothing, Panel, Phases, Unit
-from sglang_mm.patterns.program.shard import nth, spread
+from sglang_mm.patterns.program.ragged import nth, spread
 from sglang_mm.types import Axis, Modality, TokenMap
 
 EVERY_BLOCK = 4

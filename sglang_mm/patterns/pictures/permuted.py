@@ -21,7 +21,8 @@ from torch import Tensor
 from sglang_mm.patterns.chosen import BLOCK, Selection, Unit
 from sglang_mm.patterns.pictures.parts import Part, part_of_pairs
 from sglang_mm.patterns.program import Shard, compile_piece, compile_rows
-from sglang_mm.patterns.program.shard import Seams, Tiles, nth
+from sglang_mm.patterns.program.ragged import nth
+from sglang_mm.patterns.program.shard import Seams, Tiles
 from sglang_mm.patterns.program.sources import ByClass, Raw, Source, key_tiles
 from sglang_mm.types import Modality, TileProgram, TokenMap
 

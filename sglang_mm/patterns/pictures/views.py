@@ -15,6 +15,7 @@ from sglang_mm.patterns.pictures import canvas
 from sglang_mm.patterns.pictures.canvas import Scale
 from sglang_mm.patterns.pictures.parts import Part
 from sglang_mm.patterns.pictures.permuted import Permuted
+from sglang_mm.patterns.pictures.pooled import Cells
 from sglang_mm.patterns.pictures.sheet import CHARACTER, POINTS, Sheet
 from sglang_mm.types import Modality, TokenMap
 
@@ -23,21 +24,24 @@ SPANS, FRAMES, APART = 20, 10, 3
 BANDS = SPANS + FRAMES + 2 * APART
 SMALL, LINE = 14, 19
 """Pixels: letters, and from line to line."""
+MOST_OUTLINES = 60
+"""Between panels; more would hide the mask."""
 OUTLINE = {"color": "#000000", "linewidth": 0.9, "linestyle": (0, (4, 2))}
 
 
-@dataclass(frozen=True, eq=False)
-class MaskView:
-    """part_SS: uint8 [S, S] of Part."""
+class _MaskSheet:
+    """Rows against keys of a prompt, in its order: what both views below do with their pixels.
+
+    counts: (pairs of each part, causal pairs), all of them or those that were looked at.
+    """
 
     unit: Unit
     tokens: TokenMap
-    part_SS: np.ndarray
     scale: Scale
-
-    @cached_property
-    def pixels(self) -> np.ndarray:
-        return canvas.mask_pixels(self.part_SS, self.scale)
+    rows: range
+    keys: range
+    pixels: np.ndarray
+    counts: tuple[np.ndarray, int]
 
     @property
     def margins(self) -> tuple[int, int]:
@@ -45,13 +49,17 @@ class MaskView:
         return BANDS + 80, 30
 
     def draw(self, sheet: Sheet, x: int, y: int) -> None:
-        side = len(self.pixels)
+        height, side = self.pixels.shape[:2]
         sheet.image(x, y, self.pixels)
-        length = len(self.tokens)
-        code_N = canvas.frame_codes(self.tokens, np.arange(length))
-        _frame_bands(sheet, x, y, (code_N, np.arange(length), length), (code_N, np.arange(length), length), self.scale)
+        rows, keys, pixel = self.rows, self.keys, self.scale.zoom / self.scale.pool
+        sides = [
+            (canvas.frame_codes(self.tokens, np.array(each)), np.arange(len(each)), len(each)) for each in (keys, rows)
+        ]
+        _frame_bands(sheet, x, y, *sides, self.scale)
         self._spans(sheet, x, y)
-        axes = sheet.axes(x, y, side, side, *[side / self.scale.zoom * self.scale.pool] * 2)
+        axes = sheet.axes(x, y, side, height, side / pixel, height / pixel)
+        axes.set_xlim(keys.start, keys.start + side / pixel)
+        axes.set_ylim(rows.start + height / pixel, rows.start)
         axes.spines["left"].set_position(("outward", (BANDS + 1) * POINTS))
         axes.spines["bottom"].set_position(("outward", 2 * POINTS))
         axes.set_xlabel("position of the key", fontsize=SMALL * POINTS)
@@ -64,30 +72,85 @@ class MaskView:
     def _spans(self, sheet: Sheet, x: int, y: int) -> None:
         """A band with names where there is room, above the mask and to its left."""
         pixel = self.scale.zoom / self.scale.pool
+        how = {"color": "white", "ha": "center", "va": "center_baseline", "rotation_mode": "anchor"}
         for name, modality, start, stop in _spans(self.tokens):
-            first, size = round(start * pixel), max(1, round(stop * pixel) - round(start * pixel))
             color = canvas.MODALITIES[modality]
-            sheet.box(x + first, y - BANDS, size, SPANS, facecolor=color, linewidth=0)
-            sheet.box(x - BANDS, y + first, SPANS, size, facecolor=color, linewidth=0)
-            if len(name) * SMALL * CHARACTER < size:
-                how = {"color": "white", "ha": "center", "va": "center_baseline", "rotation_mode": "anchor"}
-                sheet.text(x + first + size / 2, y - BANDS + SPANS / 2, name, SMALL, **how)
-                sheet.text(x - BANDS + SPANS / 2, y + first + size / 2, name, SMALL, rotation=90, **how)
+            for is_above, shown in ((True, self.keys), (False, self.rows)):
+                low, high = max(start, shown.start) - shown.start, min(stop, shown.stop) - shown.start
+                if low >= high:
+                    continue
+                first, size = round(low * pixel), max(1, round(high * pixel) - round(low * pixel))
+                has_room = len(name) * SMALL * CHARACTER < size
+                if is_above:
+                    sheet.box(x + first, y - BANDS, size, SPANS, facecolor=color, linewidth=0)
+                    if has_room:
+                        sheet.text(x + first + size / 2, y - BANDS + SPANS / 2, name, SMALL, **how)
+                else:
+                    sheet.box(x - BANDS, y + first, SPANS, size, facecolor=color, linewidth=0)
+                    if has_room:
+                        sheet.text(x - BANDS + SPANS / 2, y + first + size / 2, name, SMALL, rotation=90, **how)
 
     def _outline(self, axes) -> None:
         """Lines between panels, where the modality of rows or of keys changes."""
-        modality = self.tokens.modality.cpu()
-        for at in ((modality[1:] != modality[:-1]).nonzero().flatten() + 1).tolist():
-            if any(panel.rows is not None for panel in self.unit.panels):
-                axes.plot([0, at], [at, at], **OUTLINE)
-            if any(panel.keys is not None for panel in self.unit.panels):
-                axes.plot([at, at], [at, len(modality)], **OUTLINE)
+        modality, rows, keys = self.tokens.modality.cpu(), self.rows, self.keys
+        changes = ((modality[1:] != modality[:-1]).nonzero().flatten() + 1).tolist()
+        if len(changes) > MOST_OUTLINES:
+            return
+        for at in changes:
+            if any(panel.rows is not None for panel in self.unit.panels) and at in rows:
+                axes.plot([keys.start, max(keys.start, min(at, keys.stop))], [at, at], **OUTLINE)
+            if any(panel.keys is not None for panel in self.unit.panels) and at in keys:
+                axes.plot([at, at], [min(rows.stop, max(at, rows.start)), rows.stop], **OUTLINE)
 
     def _shares(self) -> list[tuple[str, str]]:
         """(color, name with its share of the causal pairs) of each part that occurs."""
-        counts = np.bincount(self.part_SS.ravel(), minlength=len(Part))
-        causal = len(self.tokens) * (len(self.tokens) + 1) // 2
+        counts, causal = self.counts
         return [(color, f"{name} {counts[part] / causal:.1%}") for part, color, name in part_names() if counts[part]]
+
+
+@dataclass(frozen=True, eq=False)
+class MaskView(_MaskSheet):
+    """part_SS: uint8 [S, S] of Part."""
+
+    unit: Unit
+    tokens: TokenMap
+    part_SS: np.ndarray
+    scale: Scale
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        return canvas.mask_pixels(self.part_SS, self.scale)
+
+    @property
+    def rows(self) -> range:
+        return range(len(self.tokens))
+
+    keys = rows
+
+    @property
+    def counts(self) -> tuple[np.ndarray, int]:
+        counts = np.bincount(self.part_SS.ravel(), minlength=len(Part))
+        return counts, len(self.tokens) * (len(self.tokens) + 1) // 2
+
+
+@dataclass(frozen=True, eq=False)
+class CellsView(_MaskSheet):
+    """A window of the prompt, in cells of several pairs. unit: whose panels are outlined."""
+
+    unit: Unit
+    tokens: TokenMap
+    cells: Cells
+    scale: Scale
+    rows: range
+    keys: range
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        return canvas.cell_pixels(self.cells.part, self.cells.share, self.scale.zoom)
+
+    @property
+    def counts(self) -> tuple[np.ndarray, int]:
+        return self.cells.counts, max(1, self.cells.causal)
 
 
 @dataclass(frozen=True, eq=False)

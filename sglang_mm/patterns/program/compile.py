@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from sglang_mm.errors import ConfigError
-from sglang_mm.patterns.chosen import BLOCK, Selection, check_fits
-from sglang_mm.patterns.program.live import hide_blocks
+from sglang_mm.patterns.chosen import BLOCK, Selection, read_marks
+from sglang_mm.patterns.program.live import Lists, hide_blocks
+from sglang_mm.patterns.program.ragged import borders, position_of
 from sglang_mm.patterns.program.reaches import Runs, find_runs, find_visits
 from sglang_mm.patterns.program.rows import Rows, gather_rows
-from sglang_mm.patterns.program.shard import Shard
+from sglang_mm.patterns.program.shard import Shard, Tiles
 from sglang_mm.patterns.program.shifts import gather_shifts
-from sglang_mm.patterns.program.sources import Raw, key_tiles
+from sglang_mm.patterns.program.sources import ColumnLines, key_tiles, raw_tiles
 from sglang_mm.types import TileProgram
 
 
@@ -25,10 +26,10 @@ def compile_rows(
     Raises ConfigError for a tile size outside 1 .. 128, or a selection that does not fit the prompt or these rows.
     """
     _check(tile)
-    for unit in selection.units:
-        for panel in unit.panels:
-            check_fits(panel.chosen, rows.tokens)
-    return gather_rows(selection, rows, tile, sparse_rows), *gather_shifts(selection, rows, tile, sparse_rows)
+    panels = [panel for unit in selection.units for panel in unit.panels]
+    marks = dict(zip(panels, read_marks([panel.chosen for panel in panels], rows.tokens)))
+    main = gather_rows(selection, marks, rows, tile, sparse_rows)
+    return main, *gather_shifts(selection, marks, rows, tile, sparse_rows)
 
 
 def compile_piece(rows: Sequence[Rows], keys: Shard, *, tile: int = BLOCK) -> tuple[TileProgram, ...]:
@@ -51,23 +52,11 @@ def _check(tile: int) -> None:
 
 def _compile(rows: Rows, keys: Shard, tile: int) -> TileProgram:
     tiles = key_tiles(rows.sources, keys, tile)
-    runs, run_of = find_runs(rows.reaches, rows.order, keys, tiles)
-    live = torch.zeros(0, 2, dtype=torch.int64, device=runs.item.device)
-    lists = [runs]
-    if len(rows.visits.item):
-        raw = sum(isinstance(source, Raw) for source in rows.sources)
-        seen, visits = find_visits(rows.visits, rows.bounds, keys, tiles, raw)
-        beside = rows.beside.index_select(0, runs.bounds)
-        if bool(beside.any()):
-            lists, live = hide_blocks(runs, run_of, beside, visits, tiles, keys)
-        lists.append(seen)
-    full = [_full_entries(each) for each in lists]
-    part = [_partial_entries(each) for each in lists]
+    runs, live = _find_all(rows, keys, tiles, tile)
     items = len(rows.item_unit)
-    full_ptr, (full_tile, full_count) = _interleave([each[0] for each in full], [each[1:] for each in full], items)
-    part_ptr, (part_tile, part_count, part_bounds, part_live) = _interleave(
-        [each[0] for each in part], [each[1:] for each in part], items
-    )
+    item, full_tile, full_count = _full_entries(runs)
+    full_ptr = borders(item, items)
+    item, part_tile, part_count, part_bounds, part_live = _partial_entries(runs)
     return TileProgram(
         pos_q=rows.shard.positions,
         pos_k=keys.positions,
@@ -77,19 +66,35 @@ def _compile(rows: Rows, keys: Shard, tile: int) -> TileProgram:
         row_ptr=rows.tiles.ptr,
         keys=tiles.index,
         key_ptr=tiles.ptr,
-        item_unit=rows.item_unit.int(),
-        item_rows=rows.item_rows.int(),
+        item_unit=rows.item_unit,
+        item_rows=rows.item_rows,
         full_ptr=full_ptr,
         full_tile=full_tile,
         full_count=full_count,
-        part_ptr=part_ptr,
+        part_ptr=borders(item, items),
         part_tile=part_tile,
         part_count=part_count,
         part_bounds=part_bounds,
         part_live=part_live,
-        bounds=rows.bounds.int(),
+        bounds=rows.bounds,
         live=live,
     )
+
+
+def _find_all(rows: Rows, keys: Shard, tiles: Tiles, tile: int) -> tuple[Runs, Tensor]:
+    """All runs of tiles, in order of items, and the bits of keys, int64 [L, 2]."""
+    live = torch.zeros(0, 2, dtype=torch.int64, device=tiles.first.device)
+    runs, run_of = find_runs(rows.reaches, rows.place, keys, tiles)
+    if not len(rows.visits.item):
+        return runs, live
+    raw = raw_tiles(rows.sources, keys, tile)
+    seen, visits = find_visits(rows.visits, rows.bounds, keys, tiles, rows.sources, tile)
+    if rows.beside is not None and len(runs.item):
+        beside = rows.beside.index_select(0, runs.bounds)
+        columns = sum(isinstance(source, ColumnLines) for source in rows.sources)
+        lists = Lists(source=len(rows.sources.raw), tile=len(raw), key=len(raw.index), count=columns)
+        runs, live = hide_blocks(runs, run_of, beside, visits, tiles, keys, lists)
+    return _interleave(runs, seen, len(rows.item_unit)), live
 
 
 def _full_entries(runs: Runs) -> tuple[Tensor, ...]:
@@ -109,21 +114,10 @@ def _partial_entries(runs: Runs) -> tuple[Tensor, ...]:
     return item, tile.index_select(0, some), count.index_select(0, some), bounds, live
 
 
-def _interleave(item: Sequence[Tensor], tables: Sequence[Sequence[Tensor]], items: int) -> tuple[Tensor, list[Tensor]]:
-    """(ptr int64 [items + 1], columns int32) of lists in order of items: an item's entries come side by side."""
-    ends = [torch.cumsum(torch.bincount(each, minlength=items), 0) for each in item]
-    starts = [torch.cat([end.new_zeros(1), end]) for end in ends]
-    places = []
-    for number, each in enumerate(item):
-        place = torch.arange(len(each), device=each.device)
-        for other, start in enumerate(starts):
-            if other != number:  # what earlier lists have up to this item, what later ones have before it
-                place = place + start.index_select(0, each + 1 if other < number else each)
-        places.append(place)
-    columns = []
-    for parts in zip(*tables):
-        column = torch.empty(sum(map(len, parts)), dtype=torch.int32, device=parts[0].device)
-        for place, part in zip(places, parts):
-            column[place] = part.int()
-        columns.append(column)
-    return sum(starts), columns
+def _interleave(runs: Runs, others: Runs, items: int) -> Runs:
+    """Both in order of items: an item's runs come side by side."""
+    before = borders(others.item, items).index_select(0, runs.item)  # others of earlier items
+    after = borders(runs.item, items)[1:].index_select(0, others.item)  # runs up to this item
+    count = torch.arange(max(len(before), len(after)), device=before.device)
+    place = torch.cat([before + count[: len(before)], after + count[: len(after)]])
+    return runs.beside(others).at(position_of(place))

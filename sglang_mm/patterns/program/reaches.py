@@ -11,13 +11,16 @@ of dense rows costs two entries however long the prompt is:
 A visit is about one block of 128 positions, which a table finds without a search.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from sglang_mm.patterns.chosen import BLOCK
-from sglang_mm.patterns.program.shard import Shard, Tiles, nth, spread
+from sglang_mm.patterns.program.ragged import nth, position_of, spread
+from sglang_mm.patterns.program.shard import Shard, Tiles
+from sglang_mm.patterns.program.sources import Sources
 from sglang_mm.types import INF
 
 
@@ -26,6 +29,10 @@ class Columns:
 
     def at(self, index: Tensor):
         return type(self)(*(getattr(self, field.name).index_select(0, index) for field in fields(self)))
+
+    def beside(self, other):
+        """These, then the other's."""
+        return type(self)(*(torch.cat([getattr(each, field.name) for each in (self, other)]) for field in fields(self)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,39 +88,38 @@ class Runs(Columns):
     live: Tensor
 
 
-def limits(number: Tensor, bounds: Tensor, first: Tensor, last: Tensor, prompt: int) -> dict[str, Tensor]:
-    """The position columns of Reaches. number: of the source; bounds int64 [reaches, 4]; first, last: of the rows."""
-    low, high, k_low, k_high = bounds.unbind(1)
+def limits(
+    number: Tensor, count: int, bounds: Sequence[Tensor], first: Tensor, last: Tensor, prompt: int
+) -> dict[str, Tensor]:
+    """The position columns of Reaches. number: of the source, below `count`; bounds: low, high, k_low, k_high, int64
+    [reaches] each; first, last: of the rows."""
+    low, high, k_low, k_high = bounds
     touched = torch.maximum(k_low, first - high + 1), torch.minimum(k_high - 1, last - low)
     full = torch.maximum(k_low, last - high + 1), torch.minimum(k_high - 1, first - low)
     base = number * (prompt + 2) + 1
+    dtype = torch.int32 if count * (prompt + 2) < INF else torch.int64  # half the time of everything
     names = ("first_touched", "last_touched", "first_full", "last_full")
-    placed = {name: _small(base + at.clamp(-1, prompt)) for name, at in zip(names, (*touched, *full))}
+    placed = {name: (base + at.clamp(-1, prompt)).to(dtype) for name, at in zip(names, (*touched, *full))}
     block = [(at.clamp(0, prompt - 1) // BLOCK).int() for at in touched]
     return placed | {"first_block": block[0], "last_block": block[1]}
 
 
-def _small(placed: Tensor) -> Tensor:
-    """int32 where the values are below INF, which halves the time of everything; int64 else."""
-    return placed.int() if not len(placed) or int(placed.max()) < INF else placed
+def find_runs(reaches: Reaches, place: Tensor, keys: Shard, tiles: Tiles) -> tuple[Runs, Tensor]:
+    """The runs of reaches, and int64 [reaches], the run of each one, -1 where it meets nothing of this piece.
 
-
-def find_runs(reaches: Reaches, order: Tensor, keys: Shard, tiles: Tiles) -> tuple[Runs, Tensor]:
-    """The runs of reaches, and int32 [reaches], the run of each one, -1 where it meets nothing of this piece.
-
-    order: int32 [reaches], reaches in order of items.
+    place: int64 [reaches], of each reach when they are in order of items.
     """
     held = keys.blocks_before()
     near = held.index_select(0, reaches.last_block + 1) > held.index_select(0, reaches.first_block)
-    index = near.nonzero().flatten().int()
+    index = near.nonzero().flatten()
     base = tiles.source * (len(keys.tokens) + 2) + 1
-    tile_first, tile_last = base + tiles.first, base + tiles.last
+    small = reaches.first_touched.dtype == torch.int32
+    tile_first, tile_last = (
+        (base + at).clamp(max=INF).int() if small else base + at for at in (tiles.first, tiles.last)
+    )
 
     def tiles_before(limit: Tensor, table: Tensor, right: bool = False) -> Tensor:
-        limit = limit.index_select(0, index)
-        if limit.dtype == torch.int32:
-            table = table.clamp(max=INF).int()
-        return torch.searchsorted(table, limit, right=right, out_int32=True)
+        return torch.searchsorted(table, limit.index_select(0, index), right=right, out_int32=True)
 
     start = tiles_before(reaches.first_touched, tile_last)
     stop = tiles_before(reaches.last_touched, tile_first, right=True)
@@ -121,43 +127,50 @@ def find_runs(reaches: Reaches, order: Tensor, keys: Shard, tiles: Tiles) -> tup
     index, start, stop = (each.index_select(0, met) for each in (index, start, stop))
     full = tiles_before(reaches.first_full, tile_first)
     full_stop = tiles_before(reaches.last_full, tile_last, right=True)
-    full = torch.minimum(torch.maximum(full, start), stop)
     full_stop = torch.minimum(torch.maximum(full_stop, full), stop)
     none = full == full_stop  # then all of the run is one entry
     full, full_stop = torch.where(none, stop, full), torch.where(none, stop, full_stop)
 
-    place = torch.full_like(reaches.item, -1)
-    place[index] = torch.arange(len(index), dtype=torch.int32, device=index.device)
-    place = place.index_select(0, order)
-    kept = (place >= 0).nonzero().flatten()
-    place, reach = place.index_select(0, kept), order.index_select(0, kept)
-    run_of = torch.full_like(reaches.item, -1)
-    run_of[reach] = torch.arange(len(reach), dtype=torch.int32, device=reach.device)
-    item, bounds = reaches.item.index_select(0, reach), reaches.bounds.index_select(0, reach)
-    start, stop, full, full_stop = (each.index_select(0, place) for each in (start, stop, full, full_stop))
+    is_met = torch.zeros_like(place)
+    at = place.index_select(0, index)
+    is_met[at] = 1
+    run = (torch.cumsum(is_met, 0) - 1).index_select(0, at)
+    order = position_of(run)
+    run_of = torch.full_like(place, -1)
+    run_of[index] = run
+    index = index.index_select(0, order)
+    item, bounds = (each.index_select(0, index) for each in (reaches.item, reaches.bounds))
+    start, stop, full, full_stop = (each.index_select(0, order) for each in (start, stop, full, full_stop))
     return Runs(item, bounds, start, stop, full, full_stop, torch.full_like(start, -1)), run_of
 
 
-def find_visits(visits: Visits, bounds: Tensor, keys: Shard, tiles: Tiles, raw: int) -> tuple[Runs, Visits]:
+def find_visits(
+    visits: Visits, bounds: Tensor, keys: Shard, tiles: Tiles, sources: Sources, tile: int
+) -> tuple[Runs, Visits]:
     """One run per tile of each visited block that is in this piece, and the visits to blocks of this piece.
 
-    bounds: int64 [B, 4]. raw: how many of the sources, the first ones, are raw; others are not visited.
+    bounds: int32 [B, 4]. tile: keys of one, at most; raw ones, which alone are visited, lie in one block each.
     """
-    here = visits.at(keys.holds_block().index_select(0, visits.block).nonzero().flatten())
-    table = _tiles_by_block(keys, tiles, raw)
+    held = keys.holds_block() if len(tiles) else torch.zeros_like(keys.holds_block())
+    here = visits.at(held.index_select(0, visits.block).nonzero().flatten())
+    table = keys.once(("by block", sources.raw, tile), lambda: _tiles_by_block(keys, tiles, len(sources.raw)))
     place = here.source * (len(keys.holds_block()) + 1) + here.block
-    start = table.index_select(0, place)
-    count = table.index_select(0, place + 1) - start
-    tile, each = start, here
-    if bool((count != 1).any()):
-        tile = spread(start, count) + nth(count)
-        each = here.at(spread(torch.arange(len(count), device=count.device), count))
-    low, k_low = bounds[:, 0].int().index_select(0, each.bounds), bounds[:, 2].int().index_select(0, each.bounds)
-    first, last = tiles.first.int().index_select(0, tile), tiles.last.int().index_select(0, tile)
-    met = ((last >= k_low) & (each.last - first >= low)).nonzero().flatten()
-    full = torch.where((first >= k_low) & (each.first - last >= low), tile, tile + 1)
-    runs = Runs(each.item, each.bounds, tile, tile + 1, full, tile + 1, torch.full_like(tile, -1))
-    return runs.at(met), here
+    number, each = table.index_select(0, place), here
+    count = table.index_select(0, place + 1) - number
+    seen = count > 0
+    if tile < BLOCK:
+        total = int(count.sum())
+        number = spread(number, count, total) + nth(count, total).int()
+        each = here.at(spread(torch.arange(len(count), device=count.device), count, total))
+        seen = torch.ones_like(number, dtype=torch.bool)
+    low, _, k_low, _ = bounds.index_select(0, each.bounds).unbind(1)
+    at = number.clamp(max=len(tiles) - 1)
+    first, last = tiles.first.int().index_select(0, at), tiles.last.int().index_select(0, at)
+    met = (seen & (last >= k_low) & (each.last - first >= low)).nonzero().flatten()
+    is_full = (first >= k_low) & (each.first - last >= low)
+    item, bounds, start, is_full = (x.index_select(0, met) for x in (each.item, each.bounds, number, is_full))
+    stop = start + 1
+    return Runs(item, bounds, start, stop, torch.where(is_full, start, stop), stop, torch.full_like(start, -1)), here
 
 
 def _tiles_by_block(keys: Shard, tiles: Tiles, sources: int) -> Tensor:

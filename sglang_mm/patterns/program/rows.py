@@ -1,32 +1,36 @@
 """The head-dependent half of the compiler: what each tile of rows looks for, whatever piece of keys comes by.
 
 Once per layer and rank. A *group* is a unit's rows that meet its panels alike: all of one modality or all at all, and
-of a pattern with dense rows, the dense ones or the others.
+of a pattern with dense rows, the dense ones or the others. The host lists groups and targets; tensors hold the tiles
+and items of all units together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from sglang_mm.patterns.catalog import Blocks, Dense, Grid, Pattern, TriShape, VerticalSlash
-from sglang_mm.patterns.chosen import Panel, Selection
+from sglang_mm.patterns.catalog import Blocks, Pattern, VerticalSlash
+from sglang_mm.patterns.chosen import Marks, Panel, Selection, Unit
+from sglang_mm.patterns.program.ragged import spread, starts_of, upload
 from sglang_mm.patterns.program.reaches import Reaches, Visits, limits
-from sglang_mm.patterns.program.shard import Seams, Shard, Tiles, nth, spread
-from sglang_mm.patterns.program.sources import Source, concatenate, numbered
+from sglang_mm.patterns.program.row_sets import Lifted, RowSet, cut_row_sets, lifted_by
+from sglang_mm.patterns.program.shard import Seams, Shard, Tiles
+from sglang_mm.patterns.program.sources import Sources, numbered
 from sglang_mm.patterns.program.targets import Target, targets_of
-from sglang_mm.types import Modality
+from sglang_mm.patterns.program.visits import Look, list_visits
+from sglang_mm.types import TokenMap
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
     """The rows of one program. Items are in order of units.
 
-    tiles: of rows; item_unit, item_rows: int64 [items]. sources: lists of keys to make of each piece.
-    bounds: int64 [B, 4]. beside: bool [B], whether they belong to lines beside blocks. order: int32 [reaches], reaches
-    in order of items.
+    tiles: of rows; item_unit, item_rows: int32 [items]. sources: lists of keys to make of each piece.
+    bounds: int32 [B, 4]. beside: bool [B], whether they belong to lines beside blocks; None: none do. place: int64
+    [reaches], of each one when they are in order of items.
     """
 
     shard: Shard
@@ -35,61 +39,59 @@ class Rows:
     tiles: Tiles
     item_unit: Tensor
     item_rows: Tensor
-    sources: Sequence[Source]
+    sources: Sources
     bounds: Tensor
-    beside: Tensor
+    beside: Tensor | None
     reaches: Reaches
-    order: Tensor
+    place: Tensor
     visits: Visits
 
 
-def gather_rows(selection: Selection, shard: Shard, tile: int, sparse_rows: bool) -> Rows:
+@dataclass(frozen=True, eq=False)
+class Group:
+    """panels: of the rows' modality, each with whether these rows are dense."""
+
+    unit: int
+    rows: RowSet
+    panels: Sequence[tuple[Panel, bool]]
+
+
+def gather_rows(selection: Selection, marks: Mapping[Panel, Marks], shard: Shard, tile: int, sparse_rows: bool) -> Rows:
     """All rows of all units, with everything but differences of classes.
 
     sparse_rows: rows that a pattern makes dense are treated as all others are.
     Raises ConfigError when a selection of blocks lacks rows of the shard.
     """
-    tile_sets: dict = {}
-    groups: list[tuple[int, object]] = []
-    targets: list[Target] = []
-    for number, unit in enumerate(selection.units):
-        for modality in dict.fromkeys(panel.rows for panel in unit.panels):
-            panels = [panel for panel in unit.panels if panel.rows == modality]
-            for key, tiles, dense in _row_sets(panels, modality, shard, tile, sparse_rows, tile_sets):
-                if len(tiles):
-                    groups.append((number, key))
-                    for panel, is_dense in zip(panels, dense):
-                        targets += targets_of(len(groups) - 1, tiles, panel, is_dense)
-    return _assemble(selection, shard, tile_sets, groups, targets)
+    groups = [
+        group
+        for number, unit in enumerate(selection.units)
+        for group in _groups(number, unit, marks, shard.tokens, sparse_rows)
+    ]
+    tiles, tiles_of = cut_row_sets(shard, list(dict.fromkeys(group.rows for group in groups)), tile)
+    groups = [group for group in groups if len(tiles_of[group.rows])]
+    targets = [
+        target
+        for number, group in enumerate(groups)
+        for panel, is_dense in group.panels
+        for target in targets_of(number, panel, marks[panel], is_dense)
+    ]
+    return _assemble(selection, shard, tiles, groups, [tiles_of[group.rows] for group in groups], targets)
 
 
-def dense_rows(panel: Panel, shard: Shard, sparse_rows: bool) -> tuple[object, Tensor | bool]:
-    """(a key, equal for equal answers; which rows of the shard see everything: bool [N], or all, or none)."""
-    pattern, chosen = panel.pattern, panel.chosen
-    if isinstance(pattern, Dense):
-        return True, True
-    if isinstance(pattern, TriShape) and not sparse_rows:
-        return ("last", pattern.last), shard.positions >= len(shard.tokens) - pattern.last
-    if isinstance(pattern, Grid) and not sparse_rows and (pattern.horizontal or pattern.tail):
-        lines = chosen.classes if pattern.horizontal else chosen.classes[:0]
-        tail = shard.tokens.tail if pattern.tail else len(shard.tokens)
-        on_line = shard.in_classes(chosen.axis, lines) | (shard.positions >= tail)
-        return ("grid", chosen.axis, tuple(lines.tolist()), tail), on_line
-    return False, False
-
-
-def _row_sets(panels, modality: Modality | None, shard: Shard, tile: int, sparse_rows: bool, made: dict):
-    """Yield (key, tiles, per panel whether these rows are dense) of each group; `made` keeps tiles that units share."""
-    keys, lifted = zip(*(dense_rows(panel, shard, sparse_rows) for panel in panels))
-    split = [rows for rows in lifted if isinstance(rows, Tensor)]
-    for code in range(1 << len(split)):
-        bits = iter(range(len(split)))
-        dense = [bool(code >> next(bits) & 1) if isinstance(rows, Tensor) else rows for rows in lifted]
-        seams = _seams([panel.pattern for panel, is_dense in zip(panels, dense) if not is_dense])
-        key = (modality, seams, code, tuple(keys) if split else None)
-        if key not in made:
-            made[key] = _cut_rows(shard, modality, split, code, tile, seams)
-        yield key, made[key], dense
+def _groups(
+    number: int, unit: Unit, marks: Mapping[Panel, Marks], tokens: TokenMap, sparse_rows: bool
+) -> Iterator[Group]:
+    for modality in dict.fromkeys(panel.rows for panel in unit.panels):
+        panels = [panel for panel in unit.panels if panel.rows == modality]
+        lifted = [lifted_by(panel, marks[panel], tokens, sparse_rows) for panel in panels]
+        rules = [each for each in lifted if isinstance(each, Lifted)]
+        for code in range(1 << len(rules)):
+            inside = [bool(code >> bit & 1) for bit in range(len(rules))]
+            bits = iter(inside)
+            dense = [next(bits) if isinstance(each, Lifted) else each for each in lifted]
+            seams = _seams([panel.pattern for panel, is_dense in zip(panels, dense) if not is_dense])
+            rows = RowSet(modality, seams, tuple(zip(rules, inside)))
+            yield Group(number, rows, list(zip(panels, dense)))
 
 
 def _seams(sparse: list[Pattern]) -> Seams:
@@ -99,75 +101,95 @@ def _seams(sparse: list[Pattern]) -> Seams:
     return Seams.JUMPS if sparse else Seams.NONE
 
 
-def _cut_rows(shard: Shard, modality, split: list[Tensor], code: int, tile: int, seams: Seams) -> Tiles:
-    if not split:
-        return shard.of(modality, tile, seams)
-    here = torch.ones_like(split[0]) if modality is None else shard.modality() == modality
-    for bit, rows in enumerate(split):
-        here &= rows if code >> bit & 1 else ~rows
-    return shard.pick(here.nonzero().flatten(), tile, seams)
+def _assemble(
+    selection: Selection,
+    shard: Shard,
+    tiles: Tiles,
+    groups: Sequence[Group],
+    tiles_of: Sequence[range],
+    targets: Sequence[Target],
+) -> Rows:
+    """Number items and sources, and spell out what each item reaches. tiles_of: each group's."""
+    device, prompt = shard.positions.device, len(shard.tokens)
+    counts = [len(each) for each in tiles_of]
+    first_item = starts_of(counts)
+    sources, numbers = numbered([target.source for target in targets], shard.tokens)
+    sizes = [0 if target.blocks is not None else counts[target.group] for target in targets]
+    first_reach = starts_of(sizes)
+    place, step = _places(targets, sizes, first_reach)
+    group_unit, group_tile, group_count, bounds, beside, size, table = upload(
+        device,
+        [group.unit for group in groups],
+        [each.start - start for each, start in zip(tiles_of, first_item)],
+        counts,
+        [limit for target in targets for limit in target.bounds],
+        [target.beside for target in targets],
+        sizes,
+        [
+            each
+            for row in zip(
+                numbers, (first_item[target.group] for target in targets), first_reach, place, step,
+                *zip(*(target.bounds for target in targets)),
+            )
+            for each in row
+        ],
+    )  # fmt: skip
+    items, reaches = first_item[-1], first_reach[-1]
+    item_group = spread(torch.arange(len(groups), device=device), group_count, items)
+    item_rows = group_tile.index_select(0, item_group) + torch.arange(items, device=device)
 
-
-def _assemble(selection: Selection, shard: Shard, tile_sets: dict, groups: list, targets: list[Target]) -> Rows:
-    """Number items and sources, and spell out what each item reaches."""
-    device = shard.positions.device
-
-    def column(values) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.int64, device=device)
-
-    starts = dict(zip(tile_sets, accumulate([0, *map(len, tile_sets.values())])))
-    count = column(len(tile_sets[key]) for _, key in groups)
-    tiles = concatenate([shard.pick(shard.positions[:0], 1), *tile_sets.values()], [None] * (1 + len(tile_sets)))
-    item_rows = spread(column(starts[key] for _, key in groups), count) + nth(count)
-    sources, numbers = numbered([target.source for target in targets])
-    bounds = column(limit for target in targets for limit in target.bounds).view(-1, 4)
-    first_item = (torch.cumsum(count, 0) - count)[column(target.group for target in targets)]
-    size = count[column(target.group for target in targets)]
-    for i, target in enumerate(targets):
-        if target.blocks is not None:
-            size[i] = 0
-
-    number, local = spread(torch.arange(len(targets), device=device), size), nth(size)
-    item = first_item[number] + local
-    row_tile = item_rows[item]
-    where = limits(
-        column(numbers)[number], bounds[number], tiles.first[row_tile], tiles.last[row_tile], len(shard.tokens)
-    )
+    number = spread(torch.arange(len(targets), device=device), size, reaches)
+    source, item, reach, place, step, *limit = table.view(-1, 9).index_select(0, number).unbind(1)
+    local = torch.arange(reaches, device=device) - reach
+    item = item + local
+    row_tile = item_rows.index_select(0, item)
+    first, last = (each.index_select(0, row_tile) for each in (tiles.first, tiles.last))
+    where = limits(source, len(sources), limit, first, last, prompt)
     return Rows(
         shard=shard,
         heads=tuple(unit.heads for unit in selection.units),
         group=selection.group,
         tiles=tiles,
-        item_unit=spread(column(number for number, _ in groups), count),
-        item_rows=item_rows,
+        item_unit=group_unit.index_select(0, item_group).int(),
+        item_rows=item_rows.int(),
         sources=sources,
-        bounds=bounds,
-        beside=torch.tensor([target.beside for target in targets], dtype=torch.bool, device=device),
+        bounds=bounds.int().view(-1, 4),
+        beside=beside.bool() if any(target.beside for target in targets) else None,
         reaches=Reaches(item=item.int(), bounds=number.int(), **where),
-        order=torch.sort(item, stable=True).indices.int(),
-        visits=_visits(targets, numbers, first_item, torch.cumsum(size, 0) - size, item_rows, tiles),
+        place=place + local * step,
+        visits=list_visits(_looks(targets, numbers, counts, first_item, first_reach), item_rows, tiles),
     )
 
 
-def _visits(
-    targets: list[Target], numbers: list[int], first_item: Tensor, start: Tensor, item_rows: Tensor, tiles: Tiles
-) -> Visits:
-    """first_item, start: int64, of each target, its first item and its first line in Reaches."""
-    device = item_rows.device
-    listed = [i for i, target in enumerate(targets) if target.blocks is not None]
-    count = torch.tensor([targets[i].blocks.shape[1] for i in listed], dtype=torch.int64, device=device)
-    has_lines = torch.tensor([i > 0 and targets[i - 1].beside for i in listed], dtype=torch.bool, device=device)
-    bounds = torch.tensor(listed, dtype=torch.int64, device=device)
-    lines = torch.where(has_lines, start[bounds - 1], -1)
-    source = torch.tensor([numbers[i] for i in listed], dtype=torch.int64, device=device)
-    none = torch.zeros(2, 0, dtype=torch.int64, device=device)
-    row, block = torch.cat([none, *(targets[i].blocks for i in listed)], 1)
-    item = spread(first_item[bounds], count) + row
-    lines = spread(lines, count)
-    lines = torch.where(lines < 0, lines, lines + row)
-    at = item_rows[item]
-    first, last = tiles.first[at], tiles.last[at]
-    columns = item, spread(source, count), block, spread(bounds, count), first, last, lines
-    visits = Visits(*(each.int() for each in columns))
-    ascending = bool((item[1:] >= item[:-1]).all())
-    return visits if ascending else visits.at(torch.sort(item, stable=True).indices)
+def _places(targets: Sequence[Target], sizes: Sequence[int], first: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Of each target's first line, and from one to the next, when lines are in order of items: side by side for each
+    tile of a group. sizes, first: lines of each target, and where they start in order of targets."""
+    place, step = [0] * len(targets), [0] * len(targets)
+    for _, members in groupby(range(len(targets)), key=lambda number: targets[number].group):
+        with_lines = [number for number in members if sizes[number]]
+        for nth_of_tile, number in enumerate(with_lines):
+            place[number], step[number] = first[with_lines[0]] + nth_of_tile, len(with_lines)
+    return place, step
+
+
+def _looks(
+    targets: Sequence[Target], numbers: Sequence[int], counts: Sequence[int], first_item: Sequence[int],
+    first_reach: Sequence[int],
+) -> list[Look]:  # fmt: skip
+    """numbers: of sources. counts, first_item: of groups. first_reach: of targets."""
+    sizes = [0 if target.blocks is None else counts[target.group] for target in targets]
+    place, step = _places(targets, sizes, starts_of(sizes))
+    return [
+        Look(
+            blocks=target.blocks,
+            bounds=number,
+            source=numbers[number],
+            tiles=sizes[number],
+            first_item=first_item[target.group],
+            lines=first_reach[number - 1] if number and targets[number - 1].beside else -1,
+            place=place[number],
+            step=step[number],
+        )
+        for number, target in enumerate(targets)
+        if target.blocks is not None
+    ]

@@ -3,15 +3,16 @@
 Nothing here depends on a head: a shard is made once per request and serves every layer. N tokens of the shard.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sglang_mm.errors import ConfigError
 from sglang_mm.patterns.chosen import BLOCK
+from sglang_mm.patterns.program.ragged import borders, spread
 from sglang_mm.types import Axis, Modality, TokenMap
 
 JUMP = 8
@@ -45,6 +46,17 @@ class Tiles:
         return len(self.first)
 
 
+class ByList(NamedTuple):
+    """Tokens of a shard: list i is index[start[i] : stop[i]], ascending. int64 each.
+
+    List 0 is that of the separators; then one for each class along the frame axis, and one for each along the row axis.
+    """
+
+    index: Tensor
+    start: Tensor
+    stop: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Shard:
     """positions: int64 [N], ascending, in the prompt of `tokens`, on its device.
@@ -70,11 +82,11 @@ class Shard:
 
     def modality(self) -> Tensor:
         """uint8 [N]."""
-        return self._once("modality", lambda: self.tokens.modality[self.positions])
+        return self.once("modality", lambda: self.tokens.modality[self.positions])
 
     def classes(self, axis: Axis) -> Tensor:
         """int32 [N]: class of each token along `axis`, -1 for none."""
-        return self._once(("classes", axis), lambda: self.tokens.classes(axis).of_token[self.positions])
+        return self.once(("classes", axis), lambda: self.tokens.classes(axis).of_token[self.positions])
 
     def holds_block(self) -> Tensor:
         """bool [blocks of the prompt]: whether the shard has a token in that block."""
@@ -84,66 +96,103 @@ class Shard:
             held[self.positions // BLOCK] = True
             return held
 
-        return self._once("blocks", mark)
+        return self.once("blocks", mark)
 
-    def separator_members(self) -> Tensor:
-        """int64, ascending: the separators of the shard."""
-        return self._once("separators", lambda: self.tokens.separators[self.positions].nonzero().flatten())
+    def index_of(self) -> Tensor:
+        """int32 [tokens of the prompt + 1]: which token of the shard each one is, -1 for none, and for the one more."""
 
-    def class_members(self, axis: Axis, classes: Sequence[int]) -> list[Tensor]:
-        """int64, ascending each: the tokens of each of the classes along `axis`."""
-        order, ptr = self._once(("by class", axis), lambda: self._order_by_class(axis))
-        return [order[ptr[number] : ptr[number + 1]] for number in classes]
+        def number() -> Tensor:
+            index = self.positions.new_full((len(self.tokens) + 1,), -1, dtype=torch.int32)
+            index[self.positions] = torch.arange(len(self), dtype=torch.int32, device=index.device)
+            return index
+
+        return self.once("index", number)
+
+    def lists(self) -> ByList:
+        """The separators of the shard, and the tokens of each class along each axis."""
+        return self.once("lists", self._list_tokens)
 
     def blocks_before(self) -> Tensor:
         """int64 [blocks of the prompt + 1]: how many blocks before each one have a token of the shard."""
         held = self.holds_block()
-        return self._once("blocks before", lambda: torch.cat([held.new_zeros(1).long(), torch.cumsum(held, 0)]))
+        return self.once("blocks before", lambda: torch.cat([held.new_zeros(1).long(), torch.cumsum(held, 0)]))
 
-    def in_classes(self, axis: Axis, classes: Tensor) -> Tensor:
-        """bool [N]: tokens whose class along `axis` is among `classes`."""
-        chosen = torch.zeros(len(self.tokens.classes(axis)) + 1, dtype=torch.bool, device=self.positions.device)
-        chosen[classes] = True
-        none = len(chosen) - 1  # looked up by tokens without a class
-        index = self._once(("index", axis), lambda: self.classes(axis).where(self.classes(axis) >= 0, none))
-        return chosen.index_select(0, index)
+    def slots(self, tile: int) -> Tensor:
+        """int64 [X]: the tokens in order, and -1 at both ends and wherever there may be a seam: neighbours belong to
+        one tile, unless it is full."""
+
+        def lay() -> Tensor:
+            step, block = self.positions.diff(), (self.positions // BLOCK).diff()
+            is_seam = (block > 0) | (step > JUMP * tile)
+            before = torch.cumsum(torch.cat([is_seam.new_ones(1), is_seam]), 0)
+            index = torch.arange(len(self), device=before.device)
+            slots = index.new_full((len(self) + 1 + int(before[-1]),), -1)
+            slots[index + before[: len(self)]] = index
+            return slots
+
+        return self.once(("slots", tile), lay)
+
+    def slot_modality(self, tile: int) -> Tensor:
+        """uint8 [X], 255 where there is no token."""
+
+        def look_up() -> Tensor:
+            return torch.cat([self.modality(), self.modality().new_full((1,), 255)])[self.slots(tile)]
+
+        return self.once(("slot modality", tile), look_up)
+
+    def slot_classes(self, axis: Axis, tile: int) -> Tensor:
+        """int32 [X]: class of each token along `axis`, the number of classes for none: to look up in a table."""
+
+        def look_up() -> Tensor:
+            classes, none = self.classes(axis), len(self.tokens.classes(axis))
+            return torch.cat([classes.where(classes >= 0, none), classes.new_full((1,), none)])[self.slots(tile)]
+
+        return self.once(("slot classes", axis, tile), look_up)
 
     def members(self, modality: Modality | None) -> Tensor:
         """int64: tokens of the modality, all for None."""
         if modality is None:
             return torch.arange(len(self), device=self.positions.device)
-        return self._once(("members", modality), lambda: (self.modality() == modality).nonzero().flatten())
+        return self.once(("members", modality), lambda: (self.modality() == modality).nonzero().flatten())
 
     def of(self, modality: Modality | None, tile: int, seams: Seams) -> Tiles:
         """The tokens of one modality (None: all), cut into tiles; see `pick`."""
-        return self._once((modality, tile, seams), lambda: self.pick(self.members(modality), tile, seams))
+        return self.once((modality, tile, seams), lambda: self.pick(self.members(modality), tile, seams))
 
     def pick(self, members: Tensor, tile: int, seams: Seams = Seams.NONE) -> Tiles:
         """Tokens of the shard, int64, ascending, cut into tiles of at most `tile`, none across a seam."""
         if seams == Seams.NONE or not len(members):
             ends = torch.arange(0, len(members), tile, device=members.device)
-            ptr = torch.cat([ends, ends.new_tensor([len(members)])])
+            ptr = torch.cat([ends, ends.new_full((1,), len(members))])
         else:
             at = self.positions.index_select(0, members)
             at, gap = (at // BLOCK, 0) if seams == Seams.BLOCKS else (at, JUMP * tile)
             ptr = cut(at[1:] - at[:-1] > gap, tile)
-        return self._tiles(members, ptr, torch.zeros_like(ptr[:-1]))
+        return self.tiles(members, ptr, torch.zeros_like(ptr[:-1]))
 
     def pick_lists(self, members: Tensor, tile: int, lists: Tensor) -> Tiles:
         """The same for several lists of tokens, one after another. lists: int64, ascending, the list of each member."""
         ptr = cut(lists[1:] != lists[:-1], tile) if len(lists) else lists.new_zeros(1)
-        return self._tiles(members, ptr, lists[ptr[:-1]])
+        return self.tiles(members, ptr, lists[ptr[:-1]])
+
+    def pick_counted(self, members: Tensor, tile: int, counts: Tensor) -> Tiles:
+        """The same, given how many tokens each list has: int64 [lists]."""
+        ptr = cut_lists(counts, tile)
+        ends = torch.cumsum(counts, 0)
+        return self.tiles(members, ptr, torch.searchsorted(ends, ptr[:-1], right=True))
 
     def by_class(self, axis: Axis, tile: int) -> Tiles:
         """Places of frames in order of (item, class, position); source is item * classes + class."""
-        return self._once((axis, tile), lambda: self._cut_classes(axis, tile))
+        return self.once((axis, tile), lambda: self._cut_classes(axis, tile))
 
-    def _order_by_class(self, axis: Axis) -> tuple[Tensor, list[int]]:
-        """int64: tokens in order of (class, position), those without a class first; where each class starts."""
-        count = len(self.tokens.classes(axis))
-        by_class, order = torch.sort(self.classes(axis), stable=True)
-        starts = torch.searchsorted(by_class, torch.arange(count + 1, dtype=torch.int32, device=by_class.device))
-        return order, starts.tolist()
+    def _list_tokens(self) -> ByList:
+        separators = self.tokens.separators[self.positions].nonzero().flatten()
+        index, start, stop = [separators], [separators.new_zeros(1)], [separators.new_full((1,), len(separators))]
+        for axis in Axis:  # in order of (class, position), those without a class first
+            by_class, order = torch.sort(self.classes(axis), stable=True)
+            ptr = borders(by_class, len(self.tokens.classes(axis))) + sum(map(len, index))
+            index, start, stop = [*index, order], [*start, ptr[:-1]], [*stop, ptr[1:]]
+        return ByList(torch.cat(index), torch.cat(start), torch.cat(stop))
 
     def _cut_classes(self, axis: Axis, tile: int) -> Tiles:
         classes = self.classes(axis).long()
@@ -152,11 +201,14 @@ class Shard:
         lists, order = torch.sort(item * len(self.tokens.classes(axis)) + classes[members], stable=True)
         return self.pick_lists(members[order], tile, lists)
 
-    def _tiles(self, members: Tensor, ptr: Tensor, source: Tensor) -> Tiles:
-        first, last = self.positions[members[ptr[:-1]]], self.positions[members[ptr[1:] - 1]]
+    def tiles(self, members: Tensor, ptr: Tensor, source: Tensor) -> Tiles:
+        """The members between neighbours in `ptr`, source: of each tile."""
+        ends = torch.cat([ptr[:-1], ptr[1:] - 1])
+        first, last = self.positions.index_select(0, members.index_select(0, ends)).chunk(2)
         return Tiles(members.int(), ptr, first, last, source)
 
-    def _once(self, key, make):
+    def once(self, key, make):
+        """What `make` gives, made at the first call with this key and kept."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
@@ -168,17 +220,21 @@ def cut(seams: Tensor, tile: int) -> Tensor:
     seams: bool [n - 1], whether there is one between two of n >= 1 neighbours.
     """
     ends = seams.nonzero().flatten() + 1
-    starts, ends = torch.cat([ends.new_zeros(1), ends]), torch.cat([ends, ends.new_tensor([len(seams) + 1])])
-    tiles = (ends - starts + tile - 1) // tile
-    return torch.cat([spread(starts, tiles) + nth(tiles) * tile, ends[-1:]])
+    return cut_lists(torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), len(seams) + 1)]).diff(), tile)
 
 
-def spread(values: Tensor, counts: Tensor) -> Tensor:
-    """values[i], counts[i] times."""
-    return values.repeat_interleave(counts)
+def cut_lists(counts: Tensor, tile: int, total: int | None = None) -> Tensor:
+    """int64 [tiles + 1]: borders of tiles of at most `tile` elements in lists that lie side by side.
+
+    counts: int64 [lists], elements of each. total: of `tiles_in`, where the host knows it.
+    """
+    tiles, ends = tiles_in(counts, tile), torch.cumsum(counts, 0)
+    total = int(tiles.sum()) if total is None else total
+    before = ends - counts - (torch.cumsum(tiles, 0) - tiles) * tile
+    starts = spread(before, tiles, total) + torch.arange(total, device=counts.device) * tile
+    return torch.cat([starts, ends[-1:] if len(ends) else ends.new_zeros(1)])
 
 
-def nth(counts: Tensor) -> Tensor:
-    """int64: 0 .. counts[0] - 1, then 0 .. counts[1] - 1, and so on."""
-    total = torch.cumsum(counts, 0)
-    return torch.arange(int(total[-1]) if len(total) else 0, device=counts.device) - spread(total - counts, counts)
+def tiles_in(counts: Tensor, tile: int) -> Tensor:
+    """int64: how many tiles each list is cut into."""
+    return (counts + tile - 1) // tile

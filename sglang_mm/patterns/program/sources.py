@@ -5,13 +5,18 @@ At 64K tokens, one class of 257 touches half of all 128 x 128 tiles where it lie
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sglang_mm.patterns.chosen import BLOCK
-from sglang_mm.patterns.program.shard import Seams, Shard, Tiles, spread
-from sglang_mm.types import Axis, Modality
+from sglang_mm.patterns.program.ragged import borders, spread, starts_of, upload
+from sglang_mm.patterns.program.shard import Seams, Shard, Tiles
+from sglang_mm.types import Axis, Modality, TokenMap
+
+ANY = -1
+"""Instead of a modality, in tables."""
 
 
 @dataclass(frozen=True)
@@ -49,41 +54,119 @@ class ByClass:
 
 
 Source = Raw | ColumnLines | ClassLines | ByClass
+KINDS = Raw, ColumnLines, ClassLines, ByClass
+"""In the order of their tiles."""
 
 
-def numbered(wanted: Sequence[Source]) -> tuple[list[Source], list[int]]:
-    """The distinct sources in the order of their tiles, and the number of each wanted one."""
+class Columns(NamedTuple):
+    """Of every column of every source, int64: number of the source, position; the prompt's length for none."""
+
+    number: Tensor
+    position: Tensor
+
+
+class ClassLists(NamedTuple):
+    """Of every list of tokens in every source, int64: the source's number, list as in `Shard.lists`, sink, modality."""
+
+    number: Tensor
+    list: Tensor
+    sink: Tensor
+    modality: Tensor
+
+
+class Sources(Sequence):
+    """The distinct sources of one layer, raw ones first; or one that is ByClass."""
+
+    def __init__(self, sources: Sequence[Source], tokens: TokenMap):
+        self._sources, self._tokens = tuple(sources), tokens
+        self.raw = tuple(each for each in sources if isinstance(each, Raw))
+
+    def __getitem__(self, number):
+        return self._sources[number]
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    @cached_property
+    def columns(self) -> Columns | None:
+        """None without such sources."""
+        lines = [(number, each) for number, each in enumerate(self) if isinstance(each, ColumnLines)]
+        if not lines:
+            return None
+        counts = [len(each.columns) for _, each in lines]
+        modalities = [_code(each.modality) for _, each in lines]
+        device = self._tokens.modality.device
+        table = upload(device, counts, [n for n, _ in lines], [each.sink for _, each in lines], modalities)
+        line = spread(torch.arange(len(lines), device=device), table[0], sum(counts))
+        number, sink, modality = (each.index_select(0, line) for each in table[1:])
+        position = torch.cat([each.columns.to(device) for _, each in lines])
+        seen = position >= sink
+        if any(each != ANY for each in modalities):
+            seen &= (modality == ANY) | (modality == self._tokens.modality.index_select(0, position))
+        return Columns(number, torch.where(seen, position, len(self._tokens)))
+
+    @cached_property
+    def class_lists(self) -> ClassLists | None:
+        """None without such sources."""
+        first = dict(zip(Axis, starts_of([1, *(len(self._tokens.classes(axis)) for axis in Axis)])[1:]))
+        rows = [
+            (number, at, each.sink, _code(each.modality))
+            for number, each in enumerate(self)
+            if isinstance(each, ClassLines)
+            for at in (0, *(first[each.axis] + name for name in each.classes))
+        ]
+        return ClassLists(*upload(self._tokens.modality.device, *zip(*rows))) if rows else None
+
+    @cached_property
+    def of_one_modality(self) -> bool:
+        """Whether lines of classes are, in any source."""
+        return any(isinstance(each, ClassLines) and each.modality is not None for each in self)
+
+
+def numbered(wanted: Sequence[Source], tokens: TokenMap) -> tuple[Sources, list[int]]:
+    """The distinct sources, and the number of each wanted one."""
     distinct: dict = {}
-    for source in wanted:
-        distinct.setdefault(_key(source), source)
-    ordered = sorted(distinct.items(), key=lambda each: _rank(each[1]))
+    keys = [_key(source) for source in wanted]
+    for key, source in zip(keys, wanted):
+        distinct.setdefault(key, source)
+    ordered = sorted(distinct.items(), key=lambda each: KINDS.index(type(each[1])))
     numbers = {key: number for number, (key, _) in enumerate(ordered)}
-    return [source for _, source in ordered], [numbers[_key(source)] for source in wanted]
+    return Sources([source for _, source in ordered], tokens), [numbers[key] for key in keys]
 
 
-def key_tiles(sources: Sequence[Source], keys: Shard, tile: int) -> Tiles:
-    """Every source's keys of this piece, cut into tiles of at most `tile`. sources: as `numbered` orders them."""
+def key_tiles(sources: Sources, keys: Shard, tile: int) -> Tiles:
+    """Every source's keys of this piece, cut into tiles of at most `tile`."""
     if len(sources) == 1 and isinstance(sources[0], ByClass):
         return keys.by_class(sources[0].axis, tile)
-    raw = [keys.of(source.modality, tile, source.seams) for source in sources if isinstance(source, Raw)]
-    number, index = _lines(sources, keys)
-    lines = keys.pick_lists(index, tile, number)
-    return concatenate([*raw, lines], [*range(len(raw)), None])
+    raw = raw_tiles(sources, keys, tile)
+    found = [lines for lines in (_columns(sources, keys), _classes(sources, keys)) if lines is not None]
+    if not found:
+        return raw
+    number, index = (torch.cat(part) if len(found) > 1 else part[0] for part in zip(*found))
+    return concatenate([raw, keys.pick_counted(index, tile, borders(number, len(sources)).diff())], [None, None])
+
+
+def raw_tiles(sources: Sources, keys: Shard, tile: int) -> Tiles:
+    """Those of the raw sources. Made once per request: layers differ little in these."""
+
+    def make() -> Tiles:
+        parts = [keys.of(each.modality, tile, each.seams) for each in sources.raw]
+        return concatenate([keys.pick(keys.positions[:0], tile), *parts], range(-1, len(parts)))
+
+    return keys.once(("raw", sources.raw, tile), make)
 
 
 def concatenate(parts: Sequence[Tiles], sources: Sequence[int | None]) -> Tiles:
     """One table of several. sources: the number that all tiles of a part get; None: keep theirs."""
-    ends = torch.tensor([0, *(len(part.index) for part in parts)]).cumsum(0).tolist()
-    ptr = torch.cat([part.ptr[:-1] + start for part, start in zip(parts, ends)] + [parts[0].ptr.new_tensor(ends[-1:])])
+    starts = starts_of(len(part.index) for part in parts)
+    ptr = torch.cat([part.ptr[:-1] + start for part, start in zip(parts, starts)] + [parts[-1].ptr[-1:] + starts[-2]])
     index, first, last = (torch.cat([getattr(part, name) for part in parts]) for name in ("index", "first", "last"))
     own = [part.source if n is None else torch.full_like(part.source, n) for part, n in zip(parts, sources)]
     return Tiles(index, ptr, first, last, torch.cat(own))
 
 
-def _rank(source: Source) -> int:
-    if isinstance(source, ClassLines):
-        return 2 + list(Axis).index(source.axis)
-    return isinstance(source, ColumnLines)
+def _code(modality: Modality | None) -> int:
+    return ANY if modality is None else int(modality)
 
 
 def _key(source: Source):
@@ -93,45 +176,32 @@ def _key(source: Source):
     return source
 
 
-def _lines(sources: Sequence[Source], keys: Shard) -> tuple[Tensor, Tensor]:
-    """(number of the source, key of the piece), int64 each, of all lines, in order of both."""
-    numbers = {kind: [i for i, each in enumerate(sources) if _rank(each) == kind] for kind in (1, 2, 3)}
-    found = [_columns([(i, sources[i]) for i in numbers[1]], keys)]
-    for kind in (2, 3):
-        if numbers[kind]:
-            found.append(_classes([(i, sources[i]) for i in numbers[kind]], keys))
-    return tuple(torch.cat(part) for part in zip(*found))
+def _columns(sources: Sources, keys: Shard) -> tuple[Tensor, Tensor] | None:
+    """(number of the source, key of the piece), int64 each, in order of both."""
+    if sources.columns is None:
+        return None
+    index = keys.index_of().index_select(0, sources.columns.position)
+    here = (index >= 0).nonzero().flatten()
+    return sources.columns.number.index_select(0, here), index.index_select(0, here).long()
 
 
-def _columns(lines: Sequence[tuple[int, ColumnLines]], keys: Shard) -> tuple[Tensor, Tensor]:
-    device = keys.positions.device
-    none = torch.zeros(0, dtype=torch.int64, device=device)
-    wanted = torch.cat([none, *(source.columns.to(device) for _, source in lines)])
-    counts = torch.tensor([len(source.columns) for _, source in lines], dtype=torch.int64, device=device)
-    table = torch.tensor([[i, source.sink, -1 if source.modality is None else source.modality] for i, source in lines])
-    number, sink, modality = table.view(-1, 3).to(none).repeat_interleave(counts, 0).unbind(1)
-    near = keys.holds_block().index_select(0, wanted // BLOCK) & (wanted >= sink)
-    number, wanted, modality = (each[near] for each in (number, wanted, modality))
-    index = torch.searchsorted(keys.positions, wanted)  # of a key, or of the first one behind the column
-    here = keys.positions.index_select(0, index.clamp(max=len(keys) - 1)) == wanted if len(keys) else index < 0
-    number, index, modality = number[here], index[here], modality[here]
-    allowed = (modality < 0) | (keys.modality()[index] == modality)
-    return number[allowed], index[allowed]
-
-
-def _classes(lines: Sequence[tuple[int, ClassLines]], keys: Shard) -> tuple[Tensor, Tensor]:
-    """All lines of one axis."""
-    device = keys.positions.device
-    axis = lines[0][1].axis
-    rows = []
-    for _, source in lines:
-        lists = [keys.separator_members(), *keys.class_members(axis, source.classes)]
-        index = torch.cat(lists)
-        if sum(len(each) > 0 for each in lists) > 1:
-            index = torch.sort(index).values
-        index = index[keys.positions[index] >= source.sink]
-        if source.modality is not None:
-            index = index[keys.modality()[index] == source.modality]
-        rows.append(index)
-    counts = torch.tensor([len(index) for index in rows], device=device)
-    return spread(torch.tensor([i for i, _ in lines], device=device), counts), torch.cat(rows)
+def _classes(sources: Sources, keys: Shard) -> tuple[Tensor, Tensor] | None:
+    """The same."""
+    if sources.class_lists is None:
+        return None
+    number, at, sink, modality = sources.class_lists
+    start = keys.lists().start.index_select(0, at)
+    count = keys.lists().stop.index_select(0, at) - start
+    before = torch.cumsum(count, 0) - count
+    total = int(count.sum())
+    line = spread(torch.arange(len(count), device=count.device), count, total)
+    place = (start - before).index_select(0, line) + torch.arange(total, device=count.device)
+    index = keys.lists().index.index_select(0, place)
+    seen = keys.positions.index_select(0, index) >= sink.index_select(0, line)
+    if sources.of_one_modality:
+        wanted = modality.index_select(0, line)
+        seen &= (wanted == ANY) | (wanted == keys.modality().index_select(0, index))
+    here = seen.nonzero().flatten()
+    number, index = number.index_select(0, line.index_select(0, here)), index.index_select(0, here)
+    first = number * len(keys)
+    return number, torch.sort(first + index).values - first

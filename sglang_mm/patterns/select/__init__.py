@@ -9,9 +9,9 @@
 Every rank calls with its own rows and keys, and with `peers` to reach the others; all hold the same selection.
 """
 
-from sglang_mm.patterns.select.auto import CANDIDATES, auto_select
+from sglang_mm.patterns.select.auto import auto_select, candidates_for
 from sglang_mm.patterns.select.peers import Alone, Peers
 from sglang_mm.patterns.select.planned import select
 from sglang_mm.patterns.select.report import Report, Trial, Verdict
 
-__all__ = ["CANDIDATES", "Alone", "Peers", "Report", "Trial", "Verdict", "auto_select", "select"]
+__all__ = ["Alone", "Peers", "Report", "Trial", "Verdict", "auto_select", "candidates_for", "select"]

@@ -11,6 +11,7 @@ R probe rows, K keys of a tile, H query heads, Z slots as in kernels/probe.py.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ class Probe:
     @property
     def positions(self) -> Tensor:
         return torch.arange(self.rows.start, self.rows.stop, device=self.q_RHD.device)
+
+    @cached_property
+    def largest_lse(self) -> list[float]:
+        """Of each head, in magnitude, with one wait for all: NaN where any is, and for heads not asked for."""
+        return self.lse_HR.abs().amax(1).tolist()
 
 
 def probe_range(tokens: TokenMap, modality: Modality | None, chunk: range) -> range:

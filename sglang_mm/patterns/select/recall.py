@@ -10,6 +10,7 @@ H query heads, R probe rows, U units.
 
 from collections.abc import Sequence
 from math import isfinite, nan
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -33,8 +34,8 @@ def rounding(probe: Probe, heads: Heads) -> float:
     recall = exp(a - b) <= 1 moves by no more than a and b do: 2 * ROUNDINGS * eps / 2 together. The number of ranks
     decides the order of additions, so that a unit that keeps all keys has a recall of 1 only up to this.
     """
-    largest = float(probe.lse_HR[list(heads)].abs().max())
-    return ROUNDINGS * torch.finfo(probe.lse_HR.dtype).eps * max(1.0, largest) if isfinite(largest) else nan
+    largest = [probe.largest_lse[head] for head in heads]
+    return ROUNDINGS * torch.finfo(probe.lse_HR.dtype).eps * max(1.0, *largest) if all(map(isfinite, largest)) else nan
 
 
 def measure_recall(held: Held, probe: Probe, units: Sequence[Unit]) -> list[float]:
@@ -43,11 +44,12 @@ def measure_recall(held: Held, probe: Probe, units: Sequence[Unit]) -> list[floa
     units: with the panels of the probe's modality, and of heads that the probe was taken for.
     """
     lse_HR = join_lse(held, _lse_over_own_keys(held, probe, Selection(tuple(units), held.group)))
-    kept_HR = torch.exp(lse_HR - probe.lse_HR)
-    return [float(kept_HR[list(unit.heads)].double().mean()) for unit in units]
+    kept_H = torch.exp(lse_HR - probe.lse_HR).double().mean(1).tolist()  # the one wait for all units
+    return [fmean(kept_H[head] for head in unit.heads) for unit in units]
 
 
 def _lse_over_own_keys(held: Held, probe: Probe, selection: Selection) -> Tensor:
     """[H, R]: of the keys of this rank that the selection shows; -inf for none."""
-    rows = compile_rows(selection, Shard(held.tokens, probe.positions), sparse_rows=True)
+    shard = held.keys.once(("probe", probe.rows), lambda: Shard(held.tokens, probe.positions))  # the same in all layers
+    rows = compile_rows(selection, shard, sparse_rows=True)
     return sparse_lse(probe.q_RHD, held.k_KGD, compile_piece(rows, held.keys), scale=held.scale)
