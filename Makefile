@@ -12,7 +12,7 @@ INSTALLED := $(VENV)/installed
 help:  ## show these lines
 	@sed -n 's/^\([a-z-]*\):.*##/make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: $(INSTALLED)  ## serve a video question over 2 ranks and check the answer; options: ARGS="--cp 3 --json"
+demo: $(INSTALLED)  ## serve a video question over 2 ranks, dense and sparse, and check the answer; options: ARGS="--cp 3 --json"
 	$(BIN)/python -m sglang_mm.demo $(ARGS)
 
 test: lint  ## lint, then all tests but the slow ones; options for pytest: ARGS="-k ring"

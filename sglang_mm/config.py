@@ -70,6 +70,11 @@ class Config:
             )
 
     def _check_sparse(self) -> None:
+        for name in ("sparse", "keep_selections"):
+            value = getattr(self, name)
+            if not isinstance(value, str | os.PathLike):
+                raise ConfigError(f"{name}={value!r}", "text or a path", f"see --{name.replace('_', '-')} in the help")
+            object.__setattr__(self, name, os.fspath(value))
         if self.sparse not in ("off", "auto") and not os.path.isfile(self.sparse):
             allowed = "off | auto | a plan file"
             raise ConfigError(f"--sparse {self.sparse}", allowed, "check the path, or pass --sparse auto")

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,11 +19,14 @@ ANSWER_DEADLINE_S = 600
 
 
 @contextmanager
-def server(model_path: str, cp: int, log: Path) -> Iterator[str]:
-    """Start `python -m sglang_mm.launch` on a free port, yield its URL, stop it. Raises with the log's last lines."""
+def server(model_path: str, cp: int, log: Path, flags: Sequence[str] = ()) -> Iterator[str]:
+    """Start `python -m sglang_mm.launch` on a free port, yield its URL, stop it. Raises with the log's last lines.
+
+    flags: more of the command line.
+    """
     port = free_port()
     command = [sys.executable, "-m", "sglang_mm.launch", "--model-path", model_path, "--tp", "1", "--cp", str(cp)]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += [*flags, "--host", "127.0.0.1", "--port", str(port)]
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -62,7 +65,7 @@ def stop(process: subprocess.Popen, deadline_s: float = 30) -> None:
             process.wait(deadline_s)
 
 
-def ask(url: str, video: Path, question: str, new_tokens: int, on_text) -> dict:
+def ask(url: str, video: Path, question: str, new_tokens: int, on_text, custom_params: dict | None = None) -> dict:
     """OpenAI chat completion with `video_url`, streamed: {id, text, ttft_s, seconds}."""
     from openai import OpenAI
 
@@ -78,7 +81,7 @@ def ask(url: str, video: Path, question: str, new_tokens: int, on_text) -> dict:
         temperature=0,
         max_tokens=new_tokens,
         stream=True,
-        extra_body={"ignore_eos": True},
+        extra_body={"ignore_eos": True, "custom_params": custom_params},
     )
     for chunk in stream:
         piece = chunk.choices[0].delta.content if chunk.choices else None
@@ -89,10 +92,14 @@ def ask(url: str, video: Path, question: str, new_tokens: int, on_text) -> dict:
     return {"id": chunk.id, "text": text, "ttft_s": first, "seconds": time.perf_counter() - start}
 
 
-def generate(url: str, prompt: str, video: Path, new_tokens: int, top: int) -> dict:
-    """SGLang's native endpoint, with token ids and log-probabilities; the prefix cache is emptied first."""
+def forget(url: str) -> None:
+    """Empty the prefix cache."""
     _post(f"{url}/flush_cache?timeout=30", {})  # SGLang refuses while the last answer is still being cleared away
-    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+
+
+def generate(url: str, prompt: str, video: Path, new_tokens: int, top: int, custom_params: dict | None = None) -> dict:
+    """SGLang's native endpoint, with token ids and log-probabilities."""
+    sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True, "custom_params": custom_params}
     body = {"text": prompt, "video_data": [str(video.resolve())], "sampling_params": sampling}
     return _post(f"{url}/generate", body | {"return_logprob": True, "top_logprobs_num": top}).json()
 

@@ -91,11 +91,12 @@ def fit_lines(run: DryRun) -> list[str]:
 
 
 def program_heading(run: DryRun) -> list[str]:
+    serves = "decides so online" if run.config.is_sparse else "computes dense attention, --sparse being off"
     what = f"kinds of heads of {run.plan.model.name or 'the plan'}" if run.plan else "every pattern and boundary"
     return [
         "",
         f"  tile programs of one head, compiled for {run.config.cp} ranks x {run.config.cp} pieces: {what}",
-        "  (sets that a request would find online are evenly spaced; the server computes dense attention)",
+        f"  (sets that a request would find online are evenly spaced; the server {serves})",
         f"    {'kind':28} {'heads':>5} {'density':>8} {'tiles':>12} {'masked':>7} {'entries':>10} "
         f"{'slowest':>7} {'seconds':>7}  tiles by rank",
     ]

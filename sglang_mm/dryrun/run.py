@@ -20,8 +20,9 @@ ANSWER = 1024
 
 @dataclass(frozen=True)
 class Asked:
-    """tokens, prompt: length or geometry. gpu: a name or gigabytes; None fits all. plan: a plan file; None: every kind
-    of the catalogue. sglang: the flags that are SGLang's, of which those that change sizes are read."""
+    """tokens, prompt: length or geometry. gpu: a name or gigabytes; None fits all. plan: a plan file; None: that of
+    --sparse, or else every kind of the catalogue. sglang: the flags that are SGLang's; those that change sizes are
+    read."""
 
     config: Config
     sglang: list[str]
@@ -74,7 +75,8 @@ def prepare(asked: Asked) -> DryRun:
     raw = checkpoint.read_config(flags.model_path)
     model = checkpoint.sizes_of(raw, flags.dtype)
     checkpoint.check_width(model, asked.config.tp)
-    plan = load_plan(asked.plan) if asked.plan else None
+    path = asked.plan or (asked.config.sparse if asked.config.sparse not in ("off", "auto") else None)
+    plan = load_plan(path) if path else None
     if plan:
         plan.require(Model.of_config(raw, flags.model_path))
     description, tokens = prompt.prompt_of(asked.tokens, asked.prompt)

@@ -121,23 +121,23 @@ def _add_sparse(add, default: Config) -> None:
         "--sparse",
         default=default.sparse,
         metavar="off|auto|PLAN.json",
-        help="which keys the heads of a long prompt attend to. off: all. auto: by the plan in the checkpoint's folder "
-        "(sglang_mm_plan.json), else found online for each prompt; PLAN.json: by this plan. No head leaves keys out "
-        "without a measured recall (default %(default)s)",
+        help="which keys the heads of a long prompt attend to. off: all. auto: by the plan in the checkpoint's folder, "
+        "sglang_mm_plan.json, if --model-path is one that has it; else found online for each prompt. PLAN.json: by "
+        "this plan. No head leaves keys out without a measured recall (default %(default)s)",
     )
     add(
         "--kernel-backend",
         choices=BACKENDS,
         default=default.kernel_backend,
         metavar="|".join(BACKENDS),
-        help="what runs sparse attention (default %(default)s: the first that can, in that order of preference)",
+        help="what runs sparse attention (default %(default)s: the best that can on this device)",
     )
     add(
         "--sparse-min-tokens",
         type=int,
         default=default.sparse_min_tokens,
         metavar="N",
-        help="requests with fewer new tokens are computed densely (default %(default)s)",
+        help="requests with fewer new tokens, over all their chunks, are computed densely (default %(default)s)",
     )
     add(
         "--keep-selections",

@@ -26,7 +26,7 @@ def topology(config: Config, model: str, device: str, exposure: Exposure) -> str
 
 def _sparse(config: Config) -> list[str]:
     if not config.is_sparse:
-        return []
+        return ["  sparse     off: every head attends to all keys"]
     if config.sparse == "auto":
         how = "auto: found online for each prompt and head; the first layers and whatever loses recall are dense"
     else:

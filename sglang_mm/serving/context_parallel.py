@@ -27,7 +27,7 @@ from sglang_mm.serving.record import KEY, ChunkLog, FallbackLog, sharded_records
 from sglang_mm.serving.schedule import ScheduleChoice, shape_of
 from sglang_mm.serving.sight import progress_of
 from sglang_mm.serving.sparse_method import SparseMethod
-from sglang_mm.serving.sparse_plan import wants_sparse
+from sglang_mm.serving.sparse_plan import told_of_stock, wants_sparse
 
 ROWS_AT_ONCE = 16384  # in the feed-forward layers
 logger = logging.getLogger(__name__)
@@ -69,10 +69,11 @@ class ContextParallelMixin:
         return DistributedTransport(None, [0], parallel.attn_tp_group.device, self.mm_config.deadline_s)
 
     def _sparse_method(self, parallel) -> SparseMethod | None:
+        object.__setattr__(self, "mm_prompts", None)
         if not self.mm_config.is_sparse:
             return None
-        shape = shape_of(self.model)
-        object.__setattr__(self, "mm_prompts", KnownPrompts(self.config, self.mm_transport.device))
+        shape, fewest = shape_of(self.model), self.mm_config.sparse_min_tokens
+        object.__setattr__(self, "mm_prompts", KnownPrompts(self.config, self.mm_transport.device, fewest))
         first, group = shape.q_heads * parallel.attn_tp_rank, shape.q_heads // shape.kv_heads
         return SparseMethod(self.mm_config, first, shape.q_heads, group)
 
@@ -98,6 +99,9 @@ class ContextParallelMixin:
                 output, records = self._forward_sharded(input_ids, forward_batch, plan)
             else:
                 records = stock_records(forward_batch, self.mm_config.cp, reason)
+                if self.mm_sparse:
+                    told = told_of_stock(forward_batch, self.mm_sparse, self.mm_prompts)
+                    records = [{**record, **sparse} for record, sparse in zip(records, told)]
                 with self._stock_progress(forward_batch) as progress:
                     output = super().forward(input_ids, positions, forward_batch, *args, **kwargs)
                     records = self.mm_chunks.join(forward_batch, records)
@@ -114,9 +118,12 @@ class ContextParallelMixin:
         """The plan of a batch that is sharded; or None, and why not (nothing to say with one replica)."""
         if self.mm_transport is None:
             return None, ""
-        if self.mm_config.cp == 1 and not wants_sparse(forward_batch, self.mm_config.sparse_min_tokens):
+        is_sparse = wants_sparse(forward_batch, self.mm_prompts)
+        if self.mm_config.cp == 1 and not is_sparse:
             return None, ""
-        reason = "embeddings requested" if more_than_generation else reason_for_stock(forward_batch, self.mm_config)
+        reason = reason_for_stock(forward_batch, self.mm_config, is_sparse=is_sparse)
+        if more_than_generation:
+            reason = "embeddings requested"
         if not reason:
             try:
                 chunk = self.mm_chunks.chunks_before(forward_batch)

@@ -50,7 +50,7 @@ def admit_prompt(validate, manager, obj, input_ids):
     """Around-hook on TokenizerManager._validate_one_request: the ids a rank would get, media expanded."""
     try:
         _check_prompt(manager, obj, input_ids)
-        mark_sparse(obj)
+        mark_sparse(manager, obj)
         return validate(manager, obj, input_ids)
     except Exception:
         if (lease := getattr(obj, LEASE, None)) is not None:

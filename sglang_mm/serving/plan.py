@@ -22,7 +22,7 @@ from sglang_mm.serving.media import MediaSource, read_batch
 from sglang_mm.serving.resting import Resting
 from sglang_mm.serving.schedule import ScheduleChoice
 from sglang_mm.serving.sight import Sight, progress_of, tokens_of_batch
-from sglang_mm.serving.sparse_plan import SparsePart, choose_sparse, plan_sparse, wants_sparse
+from sglang_mm.serving.sparse_plan import SparsePart, choose_sparse, plan_sparse
 from sglang_mm.types import BatchLayout, Frame, Residence, digest64
 
 ATTRIBUTE = "sglang_mm_plan"  # on SGLang's ForwardBatch, read by the attention backend
@@ -119,15 +119,17 @@ class PrefillPlan:
         return self.sources[request][frame.item].embeddings is None and frame.key not in self.kept[request].holder
 
 
-def reason_for_stock(forward_batch, config: Config) -> str | None:
-    """Why this extend batch must take SGLang's own path on every rank, or None when it can be sharded."""
+def reason_for_stock(forward_batch, config: Config, *, is_sparse: bool = False) -> str | None:
+    """Why this extend batch must take SGLang's own path on every rank, or None when it can be sharded.
+
+    is_sparse: one of its requests is to be sparse, however short.
+    """
     if forward_batch.forward_mode != ForwardMode.EXTEND:
         return "batch mixes prefill with decode or speculation"
     longest = max(forward_batch.extend_seq_lens_cpu)
     if longest < config.cp:
         return "fewer new tokens than ranks"
-    is_short = max(longest, _largest_medium(forward_batch)) < config.cp_min_tokens
-    if is_short and not (config.is_sparse and wants_sparse(forward_batch, config.sparse_min_tokens)):
+    if not is_sparse and max(longest, _largest_medium(forward_batch)) < config.cp_min_tokens:
         return "below --cp-min-tokens"
     if forward_batch.capture_hidden_mode.need_capture():
         return "hidden states requested"
@@ -176,7 +178,7 @@ def plan_prefill(forward_batch, model, transport: Transport, schedules: Schedule
     schedule, predicted = schedules.choose(layout, model.model, holdings, done_before=cached == "queries")
     flat = [layout.flat(r).to(device) for r in range(transport.size)]
     transport.meter.take()
-    choice = choose_sparse(forward_batch, model.mm_sparse, model.mm_prompts) if model.mm_sparse else None
+    choice = choose_sparse(forward_batch, model.mm_prompts) if model.mm_sparse else None
     words = f"{schedule},{cached},{residence.ranks},{residence.page},{choice.words(model.mm_sparse) if choice else ''}"
     transport.check_equal(digest64([layout.digest(), exchange.digest(), words]), "prefill plan")
     progress = progress_of(forward_batch, transport.rank, transport.size, len(model.model.layers), schedule, chunk)

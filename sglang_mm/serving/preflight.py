@@ -82,9 +82,12 @@ def check_launch(config: Config, asked, *, on_cpu: bool) -> None:
     if config.is_sparse:
         model = Model.of_config(found.to_dict(), name=asked.model_path)
         check_plan(config, model)
+        if not on_cpu and config.kernel_backend == "cpu":
+            allowed = "auto, triton, flashinfer, fa4, reference on GPUs"
+            raise ConfigError("--kernel-backend cpu", allowed, "pass --kernel-backend auto")
         if on_cpu:  # elsewhere only a rank knows its device
             tile_backend(config, "cpu", torch.float32, model.heads, model.kv_heads, model.head_dim)
-    if architecture in SUPPORTED and not on_cpu:  # on CPU SGLang pads heads
+    if architecture in SUPPORTED:
         check_sizes(config.tp, found)
 
 

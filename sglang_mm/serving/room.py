@@ -8,6 +8,7 @@ from sglang_mm.parallel.memory import ModelSizes, even_table
 from sglang_mm.parallel.sizes import model_sizes
 
 MARGIN = 0.9  # of the free memory: allocators leave holes, and other work goes on
+SPARSE_MARGIN = 0.8  # what a selection, its programs and packed keys need beside: some 10% of a prefill
 
 
 def longest_prefill(model: ModelSizes, config: Config, free_bytes: int, most: int, *, fused: bool) -> int:
@@ -27,7 +28,8 @@ def limit_of(runner, config: Config, most: int) -> int:
     """The same for a rank that has loaded its model. runner: SGLang's ModelRunner. most: what its K/V allow."""
     sizes = model_sizes(runner.model_config.hf_config.to_dict(), runner.dtype.itemsize)
     on_gpu = torch.device(runner.device).type == "cuda"
-    return longest_prefill(sizes, config, int(MARGIN * _free_bytes(on_gpu, config)), most, fused=on_gpu)
+    margin = SPARSE_MARGIN if config.is_sparse else MARGIN
+    return longest_prefill(sizes, config, int(margin * _free_bytes(on_gpu, config)), most, fused=on_gpu)
 
 
 def _free_bytes(on_gpu: bool, config: Config) -> int:

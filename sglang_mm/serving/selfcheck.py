@@ -161,7 +161,7 @@ def check_processor(processor) -> None:
 def describe_worker(info: dict, scheduler) -> dict:
     """After-hook on Scheduler.get_init_info: assert that this worker runs what was asked for, and tell its sizes.
 
-    With --cp above 1, lowers the longest prompt to what the memory of a prefill allows.
+    Where prefills are ours, lowers the longest prompt to what the memory of a prefill allows.
     Adds `sglang_mm` to what the launcher hears of each rank: layers, context_length, prefill_backend, decode_backend;
     with --cp above 1 q_heads and first_q_head, read from the attention layers; and, for caches with K and V of every
     layer, kv_heads, head_dim, kv_bytes_per_token (before they are shared), kv_bytes (this rank's) and kv_page.
@@ -172,7 +172,6 @@ def describe_worker(info: dict, scheduler) -> dict:
     runner = scheduler.tp_worker.model_runner
     if config.computes_prefill:
         _check_prefill(config, runner)
-    if config.cp > 1:
         info["max_req_input_len"] = limit_of(runner, config, info["max_req_input_len"])
     info["sglang_mm"] = {
         "layers": runner.model_config.num_hidden_layers,

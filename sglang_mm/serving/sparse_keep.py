@@ -26,15 +26,17 @@ class Keeper:
             known.kept[-1][1].append(pack(KeptLayer(layer, selection, report.verdicts, report.densities)))
 
     def save(self, known: Known, group: int) -> None:
-        """All chunks so far. group: query heads per K/V head.
+        """All chunks, when the prompt is done. group: query heads per K/V head.
 
         A file that cannot be written is told in the log: the answer goes on without it.
         """
         if not known.kept:
             return
         chunks, layers = zip(*known.kept)
-        kept = KeptRequest(known.rid, known.tokens.to("cpu"), chunks, group, self._plan, tuple(map(tuple, layers)))
+        kept = KeptRequest(
+            known.prompt.rid, known.tokens.to("cpu"), chunks, group, self._plan, tuple(map(tuple, layers))
+        )
         try:
-            save(self._directory / file_name(known.rid), kept)
+            save(self._directory / file_name(known.prompt.rid), kept)
         except (ConfigError, OSError) as error:
-            logger.error("what request %r attended to is not kept: %s", known.rid, error)
+            logger.error("what request %r attended to is not kept: %s", known.prompt.rid, error)

@@ -27,7 +27,7 @@ KEY = "sglang_mm:"  # begins our part of a prefix-cache key
 
 
 def with_known_plan(config: Config, model_path: str) -> Config:
-    """`auto` becomes the plan in the checkpoint's folder, where there is one."""
+    """`auto` becomes the plan in the checkpoint's folder, where model_path is one and has it."""
     path = Path(model_path) / KNOWN_PLAN
     return replace(config, sparse=str(path)) if config.sparse == "auto" and path.is_file() else config
 
@@ -89,16 +89,16 @@ def cache_key(config: Config) -> str | None:
     return f"{KEY}{config.sparse if plan is None else plan.digest()}:{config.vision}"
 
 
-def is_sparse(extra_key: str | None) -> bool:
-    """Whether a request with this key is to be computed sparsely."""
-    return KEY in (extra_key or "")
+def is_sparse(extra_key: str | None, own: str | None) -> bool:
+    """Whether a request with this key is to be computed sparsely. own: this server's `cache_key`."""
+    return own is not None and (extra_key or "").endswith(own)
 
 
 class SparseMethod:
     """Of one rank: heads [first, first + heads) of the model are its own, `group` of them per K/V head."""
 
     def __init__(self, config: Config, first: int, heads: int, group: int):
-        self.title, self.backend, self.fewest = title(config), config.kernel_backend, config.sparse_min_tokens
+        self.title, self.backend = title(config), config.kernel_backend
         self._plan, self.first, self.heads, self.group = plan_of(config.sparse), first, heads, group
 
     def select(

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 
 from sglang_mm.errors import ConfigError
 from sglang_mm.parallel.transport import Transport
-from sglang_mm.serving.prompts import Known, KnownPrompts, prompts_of
+from sglang_mm.serving.prompts import Known, KnownPrompts, Prompt, prompts_of
 from sglang_mm.serving.sparse_keep import Keeper
 from sglang_mm.serving.sparse_method import SparseMethod
 from sglang_mm.serving.sparse_prefill import SparsePrefill
 from sglang_mm.serving.sparse_record import SparseLog, gather_told, join_replica, join_ring, record_of
 from sglang_mm.types import BatchLayout, digest64
 
+UNKNOWN = "SGLang's own request"
+OWN_PATH = "the batch took SGLang's own path"
 ASKED_DENSE = "the request asked for dense attention"
 FEW_TOKENS = "fewer new tokens than --sparse-min-tokens"
 UNCLEAR = "media whose frames cannot be told apart"
@@ -32,30 +34,48 @@ class SparseChoice:
         return ",".join([method.title, *maps])
 
 
-def wants_sparse(forward_batch, fewest: int) -> bool:
-    """Whether any request of an extend batch is to be sparse. fewest: new tokens of such a request."""
-    lengths = forward_batch.extend_seq_lens_cpu
-    found = zip(prompts_of(forward_batch), lengths)
-    return any(prompt is not None and prompt.is_sparse and new >= fewest for prompt, new in found)
+def wants_sparse(forward_batch, prompts: KnownPrompts | None) -> bool:
+    """Whether any request of an extend batch is to be sparse. prompts: None with --sparse off."""
+    return prompts is not None and None in _why_dense(forward_batch, prompts)
 
 
-def choose_sparse(forward_batch, method: SparseMethod, prompts: KnownPrompts) -> SparseChoice:
+def _why_dense(forward_batch, prompts: KnownPrompts) -> list[str | None]:
+    """Per request, None for those that are to be sparse."""
+
+    def of(prompt: Prompt | None, start: int) -> str | None:
+        if prompt is None:
+            return UNKNOWN
+        if not prompt.is_sparse:
+            return ASKED_DENSE
+        return None if prompts.is_long(prompt, start) else FEW_TOKENS
+
+    starts = forward_batch.extend_prefix_lens_cpu
+    return [of(prompt, start) for prompt, start in zip(prompts_of(forward_batch), starts, strict=True)]
+
+
+def choose_sparse(forward_batch, prompts: KnownPrompts) -> SparseChoice:
     """The same on every rank."""
     known, dense = {}, {}
-    starts, lengths = forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu
-    media = forward_batch.mm_inputs or [None] * len(lengths)
-    found = zip(prompts_of(forward_batch), media, starts, lengths, strict=True)
-    for request, (prompt, mm_inputs, start, new) in enumerate(found):
-        if prompt is None or not prompt.is_sparse:
-            dense[request] = ASKED_DENSE
-        elif new < method.fewest:
-            dense[request] = FEW_TOKENS
-        else:
-            try:
-                known[request] = prompts.of(prompt, mm_inputs, start)
-            except ConfigError as error:
-                dense[request] = f"{UNCLEAR}: {error.given}"
+    media = forward_batch.mm_inputs or [None] * forward_batch.batch_size
+    found = zip(prompts_of(forward_batch), _why_dense(forward_batch, prompts), media, strict=True)
+    for request, (prompt, why, mm_inputs) in enumerate(found):
+        if why is not None:
+            dense[request] = why
+            continue
+        try:
+            known[request] = prompts.of(prompt, mm_inputs, forward_batch.extend_prefix_lens_cpu[request])
+        except ConfigError as error:
+            dense[request] = f"{UNCLEAR}: {error.given}"
     return SparseChoice(known, dense)
+
+
+def told_of_stock(forward_batch, method: SparseMethod, prompts: KnownPrompts) -> list[dict]:
+    """Per request what the record of a batch on SGLang's own path says of sparse attention."""
+    return [_dense(method, why or OWN_PATH) for why in _why_dense(forward_batch, prompts)]
+
+
+def _dense(method: SparseMethod, why: str) -> dict:
+    return {"sparse": {"plan": method.title, "kernel_backend": method.backend, "dense": why}}
 
 
 class SparsePart:
@@ -76,10 +96,10 @@ class SparsePart:
         found = []
         for request in range(requests):
             if request in self.choice.dense:
-                found.append({"sparse": {"plan": self.method.title, "dense": self.choice.dense[request]}})
+                found.append(_dense(self.method, self.choice.dense[request]))
             else:
                 whole = join_replica([told[request] for told in of_replica])
-                found.append({"sparse": record_of(self.method.title, whole, tiles[request])})
+                found.append({"sparse": record_of(self.method.title, self.method.backend, whole, tiles[request])})
         return found
 
 
@@ -97,6 +117,7 @@ def plan_sparse(model, choice: SparseChoice, layout: BatchLayout, cached: str, w
         cached=cached,
         transport=transport,
         known=choice.known,
+        prompts=model.mm_prompts,
         log=SparseLog(transport, method.heads),
         watch=watch,
         keeper=keeper,

@@ -9,6 +9,7 @@ not to be sparse, and a layer whose heads are all dense, take dense attention.
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from sglang_mm.patterns.chosen import Selection
 from sglang_mm.patterns.program import Shard, compile_piece, compile_rows
 from sglang_mm.patterns.select.shared import share_blocks
 from sglang_mm.serving.peers import RingPeers
-from sglang_mm.serving.prompts import Known
+from sglang_mm.serving.prompts import Known, KnownPrompts
 from sglang_mm.serving.sparse_keep import Keeper
 from sglang_mm.serving.sparse_method import SparseMethod
 from sglang_mm.serving.sparse_record import SparseLog
@@ -36,7 +37,7 @@ KeysOf = Callable[[int], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class SparsePrefill:
-    """Of one rank. known: the requests that are sparse; log: what happened, for the record; keeper: for files.
+    """Of one rank. known: the requests that are sparse, of `prompts`; log: for the record; keeper: for files.
 
     cached: as in PrefillPlan. residence: who keeps which cached keys.
     """
@@ -47,6 +48,7 @@ class SparsePrefill:
     cached: str
     transport: Transport
     known: Mapping[int, Known]
+    prompts: KnownPrompts
     log: SparseLog
     watch: Watch
     keeper: Keeper | None = None
@@ -69,8 +71,10 @@ class SparsePrefill:
         """Selects for every sparse request. q [T, Hq, D]: this rank's rows of the batch. Collective."""
         segments, selections = self.layout.segments(self.transport.rank), {}
         for request, known in self.known.items():
+            began = perf_counter()
             with self.watch("index"):
                 selections[request] = self._select(layer, request, known, q[segments[request]], keys_of, scale)
+            self.log.took(request, layer, index_s=perf_counter() - began)
         return SparseLayer(self, layer, selections, scale)
 
     def _select(self, layer: int, request: int, known: Known, q: Tensor, keys_of: KeysOf, scale: float) -> Selection:
@@ -81,7 +85,8 @@ class SparsePrefill:
         selection, report = self.method.select(
             layer, q, keys_of(request), rows, keys, scale=scale, peers=self._peers, chunk=chunk, previous=previous
         )
-        known.masses[layer] = report.class_masses
+        if chunk.stop < len(known.tokens):  # they are for the next chunk
+            known.masses[layer] = report.class_masses
         if self.cached == "queries" or self.keeper:  # else the lists of its own rows are all that a rank needs
             selection = share_blocks(selection, self._peers)
         if self.keeper:
@@ -101,8 +106,10 @@ class SparsePrefill:
         for request, known in self.known.items():
             own = self.layout.requests[request]
             known.until = own.start + own.length  # where its next chunk has to begin
-            if self.keeper:
-                self.keeper.save(known, self.method.group)
+            if known.is_done:
+                self.prompts.forget(known)
+                if self.keeper:
+                    self.keeper.save(known, self.method.group)
 
 
 class SparseLayer:
@@ -125,10 +132,11 @@ class SparseLayer:
     def _attend(self, request, rows_name, keys_name, heads, q, k, v, positions_q, positions_k) -> State:
         if request not in self._selections:
             return causal_attention(q, k, v, positions_q, positions_k, scale=self._scale)
-        prefill = self._prefill
+        prefill, began = self._prefill, perf_counter()
         with prefill.watch("compile"):
             rows = self._compiled_rows(request, rows_name, heads, positions_q)
             programs = compile_piece(rows, prefill.shard(request, keys_name, positions_k))
+        prefill.log.took(request, self._layer, compile_s=perf_counter() - began)
         state, given = None, {"scale": self._scale, "watch": prefill.watch}
         by_backend = {}
         for program in programs:

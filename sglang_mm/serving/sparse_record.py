@@ -25,13 +25,22 @@ class LayerTold(msgspec.Struct):
     """Of one layer on one rank. attended: pairs of all its heads, 0 on ranks that leave the counting to another.
 
     causal: pairs that dense attention of these heads computes. recall: the lowest of any rows that are sparse. tiles:
-    pairs of a row tile and a key tile, each of up to 128 x 128, that this rank's kernels met, for all units.
+    pairs of a row tile and a key tile, each of up to 128 x 128, that this rank's kernels met, for all units. index_s,
+    compile_s: seconds of the host, on a GPU without what it only launched, waits for other ranks included.
     """
 
     attended: int = 0
     causal: int = 0
     recall: float = SAFE
     tiles: int = 0
+    index_s: float = 0.0
+    compile_s: float = 0.0
+
+
+OVER_RING = {"attended": max, "causal": max, "recall": min, "tiles": sum, "index_s": max, "compile_s": max}
+OVER_HEADS = {**OVER_RING, "attended": sum, "causal": sum}
+OVER_CHUNKS = {**OVER_HEADS, "index_s": sum, "compile_s": sum}
+"""How the numbers of a layer add up over ranks of a ring, over ranks with other heads, and over chunks of a prompt."""
 
 
 class Told(msgspec.Struct):
@@ -73,6 +82,12 @@ class SparseLog:
             rest = self._heads - sum(sizes)  # heads that the plan does not name: padding
             told.attended = round((shares + rest) * told.causal / self._heads)
 
+    def took(self, request: int, layer: int, *, index_s: float = 0.0, compile_s: float = 0.0) -> None:
+        """Host time of a layer, after it was selected for."""
+        told = self._requests[request].layers[layer]
+        told.index_s += index_s
+        told.compile_s += compile_s
+
     def ran(self, request: int, layer: int, program: TileProgram) -> None:
         """Counted on the device: nothing waits for it before `told`."""
         visits = program.full_count.sum() + program.part_count.sum()
@@ -105,26 +120,20 @@ def gather_told(mine: list[Told], circle: Transport | None) -> list[list[Told]]:
 
 def join_ring(told: list[Told]) -> Told:
     """Of one request, over the ranks of a ring, which hold one selection: pairs as one of them counted, all tiles."""
-    layers = [
-        LayerTold(max(one.attended for one in each), each[0].causal, each[0].recall, sum(one.tiles for one in each))
-        for each in zip(*(rank.layers for rank in told))
-    ]
-    return Told(layers, told[0].fallbacks, *_names(told))
+    return Told(_layers(told, OVER_RING), told[0].fallbacks, *_names(told))
 
 
 def join_replica(told: list[Told]) -> Told:
     """Over the T ranks of a replica, each with other heads."""
-    layers = [
-        LayerTold(
-            sum(one.attended for one in each),
-            sum(one.causal for one in each),
-            min(one.recall for one in each),
-            sum(one.tiles for one in each),
-        )
-        for each in zip(*(rank.layers for rank in told))
-    ]
     fallbacks = sum((Counter(rank.fallbacks) for rank in told), Counter())
-    return Told(layers, dict(fallbacks), *_names(told))
+    return Told(_layers(told, OVER_HEADS), dict(fallbacks), *_names(told))
+
+
+def _layers(told: list[Told], rules: dict) -> list[LayerTold]:
+    return [
+        LayerTold(**{name: rule([getattr(one, name) for one in each]) for name, rule in rules.items()})
+        for each in zip(*(rank.layers for rank in told), strict=True)
+    ]
 
 
 def _names(told: list[Told]) -> tuple[list[str], list[str]]:
@@ -133,18 +142,23 @@ def _names(told: list[Told]) -> tuple[list[str], list[str]]:
     )
 
 
-def record_of(plan: str, told: Told, tiles_per_rank: list[int]) -> dict:
-    """The `sparse` part of a request's record; see docs/observability.md."""
+def record_of(plan: str, backend: str, told: Told, tiles_per_rank: list[int]) -> dict:
+    """The `sparse` part of a request's record; see docs/observability.md. backend: what --kernel-backend says."""
     return summed(
         {
             "plan": plan,
+            "kernel_backend": backend,
             "kernels": told.kernels,
             "tiles_per_rank": tiles_per_rank,
-            "layers": [msgspec.structs.asdict(layer) for layer in told.layers],
+            "layers": [_rounded(msgspec.structs.asdict(layer)) for layer in told.layers],
             "fallbacks": told.fallbacks,
             "kernels_passed_over": told.passed_over,
         }
     )
+
+
+def _rounded(numbers: dict) -> dict:
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in numbers.items()}
 
 
 def summed(sparse: dict) -> dict:
@@ -161,10 +175,7 @@ def join_chunks(earlier: dict, later: dict) -> dict:
     if "layers" not in earlier or "layers" not in later:
         return later if "layers" in later else earlier
     layers = [
-        {
-            **{name: a[name] + b[name] for name in ("attended", "causal", "tiles")},
-            "recall": min(a["recall"], b["recall"]),
-        }
+        {name: rule([a[name], b[name]]) for name, rule in OVER_CHUNKS.items()}
         for a, b in zip(earlier["layers"], later["layers"], strict=True)
     ]
     lists = {name: sorted({*earlier[name], *later[name]}) for name in ("kernels", "kernels_passed_over")}

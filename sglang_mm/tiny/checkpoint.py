@@ -28,6 +28,7 @@ SPEAKABLE = [ord("\n"), *range(ord(" "), ord("~") + 1), SPECIAL_IDS[EOS]]
 HELD_BACK, MEDIA_HELD_BACK = -4.0, -10.0  # times MARK / rms, about 2: some 8 and 20 below the other logits
 REPEAT_HELD_BACK = 0.04  # some 6 logits less for the token just read, else greedy text is one letter for ever
 COLUMN_TOKENS = (ord("#"), SPECIAL_IDS["<|vision_start|>"])
+PLANTED_DEPTH = 2  # layers over which the divisors in planted.py were measured
 GAINS = {"embed_tokens.weight": plan.HIDDEN**0.5, "o_proj.weight": 0.9, "lm_head.weight": 2.0}
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
 
@@ -51,6 +52,7 @@ def write_checkpoint(
     with torch.random.fork_rng(), torch.no_grad():
         model = Qwen2_5_VLForConditionalGeneration(build_config(planted, layers, kv_heads)).float()
         fill(model, seed)
+        calm(model.model.language_model.layers)
         model.lm_head.weight -= REPEAT_HELD_BACK * model.model.language_model.embed_tokens.weight
         reserve(model)
         if planted:
@@ -130,6 +132,14 @@ def fill(model, seed: int) -> None:
         else:
             gain = next((gain for suffix, gain in GAINS.items() if name.endswith(suffix)), 1.0)
             weight.copy_(noise * gain / weight[0].numel() ** 0.5)
+
+
+def calm(layers) -> None:
+    """Let many layers add to the residual stream what two would: planted heads read it after a norm."""
+    share = min(1.0, (PLANTED_DEPTH / len(layers)) ** 0.5)
+    for layer in layers:
+        layer.self_attn.o_proj.weight *= share
+        layer.mlp.down_proj.weight *= share
 
 
 def reserve(model) -> None:

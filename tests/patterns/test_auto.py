@@ -50,9 +50,11 @@ def test_each_head_gets_its_pattern(caplog):
     assert diagonal.pattern == SHORT[3] and diagonal.chosen.diagonals.tolist() == [4]
     assert blocks.pattern == Blocks() and isinstance(noise.pattern, Dense)
     verdicts = [verdict for verdict in report.verdicts if verdict.rows == Modality.VIDEO]
-    assert [len(verdict.trials) for verdict in verdicts] == [5] * 5
     assert all(verdict.recall >= 0.9 for verdict in verdicts)
-    assert verdicts[4].reason == "dense: no candidate computes less than 0.75 of the pairs"
+    for verdict in verdicts:  # a dearer candidate is not tried where a cheaper one has enough
+        assert 1 <= len(verdict.trials) <= 5
+        assert all(trial.recall < 0.9 for trial in verdict.trials[: -1 if verdict.is_sparse else None])
+    assert verdicts[4].reason == "dense: recall below 0.9"
     assert [record.levelname for record in caplog.records] == ["INFO"] and "layer 2" in caplog.text
 
 
@@ -114,7 +116,8 @@ def test_a_prompt_of_text_tries_no_grids():
     tokens = token_map(Text(1500))
     q, k = plant(tokens, [Columns()], columns=(100, 500))
     selection, report = auto(q, k, tokens, units=[(0,)])
-    assert len(report.verdicts[0].trials) == 3
+    tried = [pattern for trial in report.verdicts[0].trials for _, pattern in trial.patterns]
+    assert tried and not any(isinstance(pattern, Grid) for pattern in tried)
     assert selection.units[0].panels[0].pattern == SHORT[3]
 
 
@@ -125,7 +128,8 @@ def test_a_short_prompt_is_dense_with_the_candidates_of_long_ones():
     assert far == AShape()
     selection, report = auto(q, k, units=[(0,)], candidates=(far,))
     assert isinstance(of_video(selection)[0].pattern, Dense)
-    assert next(v for v in report.verdicts if v.rows == Modality.VIDEO).trials[0].recall == pytest.approx(1, abs=1e-6)
+    (verdict,) = [each for each in report.verdicts if each.rows == Modality.VIDEO]
+    assert not verdict.trials and verdict.reason == "dense: no candidate computes less than 0.75 of the pairs"
 
 
 def test_candidates_of_long_prompts_have_the_patterns_own_sizes():

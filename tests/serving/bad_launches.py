@@ -10,8 +10,13 @@ from unittest import mock
 import sglang_mm
 from sglang_mm.config import Config
 from sglang_mm.launch.args import parse
+from sglang_mm.patterns.boundary import NoBoundary
+from sglang_mm.patterns.catalog import AShape
+from sglang_mm.patterns.plan import uniform
+from sglang_mm.patterns.plan_file import read_model, save
 from sglang_mm.serving import port, preflight
 from sglang_mm.serving.settings import refuse
+from sglang_mm.tiny.checkpoint import build_config
 
 FLAGS = [
     ["--pp-size", "2"], ["--speculative-algorithm", "EAGLE"], ["--enable-lora"], ["--lora-paths", "a=b"],
@@ -23,7 +28,8 @@ FLAGS = [
 ]  # fmt: skip
 OURS = [
     ["--cp", "0"], ["--tp", "-1"], ["--cp-min-tokens", "0"], ["--deadline", "0"],
-    ["--allow-local-media", "/no/such/directory"],
+    ["--allow-local-media", "/no/such/directory"], ["--sparse", "/no/such/plan.json"], ["--sparse-min-tokens", "0"],
+    ["--keep-selections", "/no/such/directory"],
 ]  # fmt: skip
 
 
@@ -32,9 +38,15 @@ def every(scratch: Path) -> list[tuple[str, Callable[[], object]]]:
     text_model = scratch / "text-model"
     text_model.mkdir()
     (text_model / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    tiny, deeper, plan = tiny_models(scratch)
     return [
         *[(f"`{' '.join(words)}`", lambda words=words: parse(words)) for words in OURS],
         *[(f"`--cp 2 {' '.join(words)}`", lambda words=words: refuse(Config(cp=2), asked(words))) for words in FLAGS],
+        ("a plan of another model", lambda: check(deeper, sparse=str(plan))),
+        ("heads that share a selection with `--tp` above the K/V heads", lambda: check(tiny, tp=4, sparse=str(plan))),
+        ("`--kernel-backend fa4` without a GPU", lambda: check(tiny, sparse=str(plan), kernel_backend="fa4")),
+        ("`--sparse auto --pp-size 2`", lambda: refuse(Config(sparse="auto"), asked(["--pp-size", "2"]))),
+        ("another architecture with `--sparse auto`", lambda: check(text_model, sparse="auto")),
         ("model that is not there", lambda: check(scratch / "gone", cp=2)),
         ("another architecture with `--cp 2`", lambda: check(text_model, cp=2)),
         ("more ranks than devices", more_ranks_than_devices),
@@ -43,6 +55,17 @@ def every(scratch: Path) -> list[tuple[str, Callable[[], object]]]:
         ("port in use", port_in_use),
         ("`Engine(server_args=...)`", lambda: sglang_mm.Engine(server_args=object())),
     ]
+
+
+def tiny_models(scratch: Path) -> list[Path]:
+    """Two checkpoints without weights, of two and of four layers, and a plan for the first one."""
+    folders = [scratch / f"tiny-{layers}-layers" for layers in (2, 4)]
+    for folder, layers in zip(folders, (2, 4)):
+        build_config(planted=True, layers=layers, kv_heads=2).save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]
+        (folder / "config.json").write_text(json.dumps(config))
+    return [*folders, save(uniform(read_model(folders[0]), NoBoundary(AShape())), scratch / "plan.json")]
 
 
 def asked(words: list[str]):

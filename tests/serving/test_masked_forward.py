@@ -153,7 +153,8 @@ def test_chunks_hand_on_class_masses(model, mixed, sizes, sparse):
     """The second chunk has the pairs of both, and lists of blocks for its own rows."""
     chunked = answer(model, mixed, plans.every_pattern(sizes), 1, stops=[1000])
     first, second = chunked.chunks
-    assert gap(sparse, chunked) > 0 and len(first) == len(second) == LAYERS
+    assert len(first) == len(second) == LAYERS
+    assert any(one.digest() != other.digest() for (one, _), (other, _) in zip(sparse.chunks[0], first))
     handed_on = 0
     for (_, before), (selection, after) in zip(first, second):
         assert before.class_masses.keys() <= after.class_masses.keys()
@@ -194,4 +195,4 @@ def test_auto_leaves_random_heads_dense(tmp_path):
     prompt = rendered(path, [(64, 280, 280), "What # moves? "])
     _, report = decisions(huggingface.load(path), prompt, "auto")[-1]
     print(f"\n{report}")
-    assert report.fallbacks and all(verdict.trials for verdict in report.verdicts)
+    assert report.fallbacks["dense: recall below 0.9"] == 8

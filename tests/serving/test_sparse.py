@@ -15,6 +15,7 @@ from tests.serving.masked_forward import Drop
 from tests.serving.sparse_cases import AGAIN, FIRST, PAGES, SECOND, SHORT, TEXTS, THIRD, TURNS
 from tests.serving.test_values import SHARDED
 
+FEW_TOKENS = "fewer new tokens than --sparse-min-tokens"
 WAYS = {FIRST: "none", SECOND: "keys", THIRD: "queries"}  # to cached keys that are sharded
 
 
@@ -62,9 +63,11 @@ def test_it_is_sparse(answers, plan):
     """Far fewer pairs than causal attention; the answer differs from the dense one by more than rounding."""
     mine, dense = answers(1, 1)[FIRST], answers(1, 1)[AGAIN]
     told = compare.record_of(mine)["sparse"]
-    assert told["plan"] == f"every.json {load(plan).digest()}" and told["kernels"] and not told["kernels_passed_over"]
+    assert (told["plan"], told["kernel_backend"]) == (f"every.json {load(plan).digest()}", "auto")
+    assert told["kernels"] == ["cpu"] and not told["kernels_passed_over"]
     layers, tokens = told["layers"], mine["meta_info"]["prompt_tokens"]
     assert all(layer["causal"] == 8 * tokens * (tokens + 1) // 2 for layer in layers)
+    assert all(layer["index_s"] > 0 and layer["compile_s"] > 0 for layer in layers)
     assert all(0.1 < layer["attended"] / layer["causal"] < 0.8 for layer in layers)
     assert told["density"] == sum(layer["attended"] for layer in layers) / sum(layer["causal"] for layer in layers)
     assert all(layer["tiles"] * 128 * 128 > 0 and load(plan).theta <= layer["recall"] < 1 for layer in layers)
@@ -80,10 +83,12 @@ def test_dense_requests_are_dense_and_share_no_keys_with_sparse_ones(answers):
     """The first turn again, its sparse K/V being cached: nothing of them is used."""
     record = compare.record_of(answers(1, 1)[AGAIN])
     assert record["cached_tokens"] == 0 and record["schedule"] == "stock"
+    assert record["sparse"]["dense"] == "the request asked for dense attention"
 
 
 def test_few_new_tokens_are_dense(answers):
-    assert compare.record_of(answers(1, 1)[SHORT])["schedule"] == "stock"
+    record = compare.record_of(answers(1, 1)[SHORT])
+    assert record["schedule"] == "stock" and record["sparse"]["dense"] == FEW_TOKENS
 
 
 def test_selections_are_kept(answers, kept, masked):
@@ -129,5 +134,4 @@ class TestSharded:
 
     def test_few_new_tokens_are_dense(self, answers, topology):
         record = compare.record_of(answers(*topology)[SHORT])
-        told = record.get("sparse", {"dense": "stock"})["dense"]
-        assert told == ("stock" if record["schedule"] == "stock" else "fewer new tokens than --sparse-min-tokens")
+        assert record["sparse"]["dense"] == FEW_TOKENS

@@ -1,5 +1,7 @@
 """Other plans and kernels on real SGLang, each with an engine of its own: dense patterns, no plan, Triton."""
 
+import pytest
+
 from sglang_mm.demo import huggingface
 from sglang_mm.patterns.plan_file import load, read_model, save
 from sglang_mm.tiny import write_checkpoint
@@ -10,6 +12,7 @@ from tests.serving.sparse_cases import AGAIN, FEWEST, FIRST, dialogue
 
 SCORED = {"sampling_params": SAMPLING, "return_logprob": True, "top_logprobs_num": TOP}
 KV_TOKENS = 8000
+CHUNK = 704  # a third of the first turn, in whole pages
 
 
 def test_a_plan_of_dense_patterns_gives_the_dense_values(answers, checkpoint, tmp_path):
@@ -51,4 +54,20 @@ def test_triton_in_its_interpreter(checkpoint, plan, prompts, monkeypatch):
     reference = masked_forward.answer(
         huggingface.load(checkpoint), huggingface.text_prompt(ids), load(plan), NEW_TOKENS
     )
+    assert compare.difference_to_huggingface(mine, reference.tokens, reference.logprobs) <= compare.TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["ring", "gather"])
+def test_chunks_select_for_themselves(checkpoint, plan, schedule):
+    """Each chunk by its own last rows and what the chunks before it found of classes, as the oracle does it."""
+    asked = {"cp": 2, "sparse": plan, "sparse_min_tokens": FEWEST, "schedule": schedule}
+    with engine(model_path=checkpoint, chunked_prefill_size=CHUNK, max_total_tokens=KV_TOKENS, **asked) as ask:
+        ask("keep_prompts")
+        mine = ask("generate", **dialogue(checkpoint)[FIRST], **SCORED)
+        (shown,) = ask("kept_prompts")
+    record, stops = compare.record_of(mine), range(CHUNK, len(shown.input_ids), CHUNK)
+    assert record["chunks"] == len(stops) + 1 == 3 and record["sparse"]["density"] < 1
+    assert record["sparse"]["recall"] >= load(plan).theta
+    reference = masked_forward.answer(huggingface.load(checkpoint), shown, load(plan), NEW_TOKENS, stops=stops)
     assert compare.difference_to_huggingface(mine, reference.tokens, reference.logprobs) <= compare.TOLERANCE

@@ -123,22 +123,25 @@ def _decide(draft: Draft, rows: Modality, candidates: Sequence[Pattern]) -> None
         for unit in units:
             draft.skip(unit, rows)
         return
-    asked = [(unit, ((None, candidate),)) for candidate in candidates for unit in units]
-    sets = iter(draft.choose(probe, asked))
+    asked = [(unit, ((None, candidate),)) for unit in units for candidate in candidates]
+    waiting = _cheapest_first(draft, units, list(zip(asked, draft.choose(probe, asked))))
+    for unit in units:
+        if not waiting[unit]:
+            draft.keep_dense(unit, rows, reason=NOT_CHEAPER)
     trials: list[tuple[Trial, ...]] = [()] * len(units)
-    passed: list[list[tuple[Sets, float]]] = [[] for _ in units]
-    for _ in candidates:
-        tried = {unit: next(sets) for unit in units}
+    while tried := {unit: left.pop(0) for unit, left in enumerate(waiting) if left}:
         for unit, recall in draft.recalls(probe, tried).items():
             trials[unit] += (Trial(patterns_of(tried[unit]), recall),)
             if draft.is_enough(probe, unit, recall):
-                passed[unit].append((tried[unit], recall))
-    cost = iter(draft.shares([panels for each in passed for panels, _ in each]))
-    for unit in units:
-        costs = [next(cost) for _ in passed[unit]]
-        if not costs:
-            draft.keep_dense(unit, rows, trials[unit], draft.why_dense(probe, unit))
-        elif min(costs) > LARGEST_SHARE:
-            draft.keep_dense(unit, rows, trials[unit], NOT_CHEAPER)
-        else:
-            draft.keep(unit, *passed[unit][costs.index(min(costs))], trials[unit])
+                draft.keep(unit, tried[unit], recall, trials[unit])
+                waiting[unit].clear()
+            elif not waiting[unit]:
+                draft.keep_dense(unit, rows, trials[unit], draft.why_dense(probe, unit))
+
+
+def _cheapest_first(draft: Draft, units: Sequence[int], found: Sequence[tuple[tuple, Sets]]) -> list[list[Sets]]:
+    """Per unit the sets that are worth a trial: a recall is measured only where no cheaper set had enough."""
+    costs = draft.shares([sets for _, sets in found])
+    worth = [(cost, unit, sets) for cost, ((unit, _), sets) in zip(costs, found) if cost <= LARGEST_SHARE]
+    worth.sort(key=lambda each: each[0])  # stable: ties take the earlier
+    return [[sets for _, of, sets in worth if of == unit] for unit in units]
