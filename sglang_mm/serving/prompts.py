@@ -16,7 +16,7 @@ from sglang_mm.errors import ConfigError
 from sglang_mm.modality import Bundle, Medium, Wraps, family_of, map_from_offsets
 from sglang_mm.patterns.select.choose import ClassMasses
 from sglang_mm.serving.sparse_method import cache_key, is_sparse
-from sglang_mm.types import Modality, TokenMap
+from sglang_mm.types import Modality, TokenMap, digest64
 
 REMEMBERED = 64
 _noted: dict[str, "Prompt"] = {}  # of the extend batch that was made last: SGLang may copy its ForwardBatch
@@ -57,11 +57,12 @@ def prompts_of(forward_batch) -> list[Prompt | None]:
 class Known:
     """What is kept of a prompt between its chunks. masses: per layer, those of classes in its chunks up to `until`.
 
-    kept: per chunk its packed layers, for --keep-selections.
+    digest: of the map, alike on all ranks. kept: per chunk its packed layers, for --keep-selections.
     """
 
     prompt: Prompt
     tokens: TokenMap
+    digest: int
     until: int = 0
     masses: dict[int, ClassMasses] = field(default_factory=dict)
     kept: list[tuple[range, list]] = field(default_factory=list)
@@ -93,7 +94,9 @@ class KnownPrompts:
         """
         known = self._known.get(prompt.rid)
         if known is None or known.until != start or known.prompt.ids != prompt.ids:  # new, retracted, or another one
-            known = self._known[prompt.rid] = Known(prompt, self._map(prompt.ids, mm_inputs).to(self.device))
+            tokens = self._map(prompt.ids, mm_inputs)
+            digest = digest64([len(tokens)], tokens.span, tokens.place)
+            known = self._known[prompt.rid] = Known(prompt, tokens.to(self.device), digest)
         self._known.move_to_end(prompt.rid)
         while len(self._known) > REMEMBERED:
             self._known.popitem(last=False)

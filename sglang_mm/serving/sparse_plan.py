@@ -9,7 +9,7 @@ from sglang_mm.serving.sparse_keep import Keeper
 from sglang_mm.serving.sparse_method import SparseMethod
 from sglang_mm.serving.sparse_prefill import SparsePrefill
 from sglang_mm.serving.sparse_record import SparseLog, gather_told, join_replica, join_ring, record_of
-from sglang_mm.types import BatchLayout, digest64
+from sglang_mm.types import BatchLayout
 
 UNKNOWN = "SGLang's own request"
 OWN_PATH = "the batch took SGLang's own path"
@@ -27,11 +27,7 @@ class SparseChoice:
 
     def words(self, method: SparseMethod) -> str:
         """For the digest that ranks compare."""
-        maps = [
-            f"{request}:{digest64([len(known.tokens)], known.tokens.span.cpu(), known.tokens.place.cpu()):x}"
-            for request, known in self.known.items()
-        ]
-        return ",".join([method.title, *maps])
+        return ",".join([method.title, *(f"{request}:{known.digest:x}" for request, known in self.known.items())])
 
 
 def wants_sparse(forward_batch, prompts: KnownPrompts | None) -> bool:
@@ -86,6 +82,8 @@ class SparsePart:
 
     def told(self, requests: int) -> list[dict]:
         """Per request what its record says of sparse attention. Collective."""
+        if not self.choice.known:
+            return [_dense(self.method, self.choice.dense[request]) for request in range(requests)]
         log, ring = self.prefill.log, self.prefill.transport
         by_rank = gather_told([log.told(request) for request in range(requests)], ring)
         joined = [join_ring(list(told)) for told in zip(*by_rank)]

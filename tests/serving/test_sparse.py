@@ -9,6 +9,7 @@ import pytest
 from sglang_mm.demo import huggingface
 from sglang_mm.patterns.plan_file import load
 from sglang_mm.patterns.selection_file import load as load_selections
+from sglang_mm.plan.__main__ import main as plan_command
 from tests.serving import compare, masked_forward, sparse_cases
 from tests.serving.cases import NEW_TOKENS
 from tests.serving.masked_forward import Drop
@@ -91,14 +92,20 @@ def test_few_new_tokens_are_dense(answers):
     assert record["schedule"] == "stock" and record["sparse"]["dense"] == FEW_TOKENS
 
 
-def test_selections_are_kept(answers, kept, masked):
+def test_selections_are_kept(answers, kept, masked, tmp_path, capsys):
     """As the reference found them, which selected for itself."""
     request = answers(1, 1)[SECOND]["meta_info"]["id"]
-    found = load_selections(f"{kept(1)}/{request}.npz")
+    path = f"{kept(1)}/{request}.npz"
+    found = load_selections(path)
     assert [len(layers) for layers in found.layers] == [2]
     for layer, (selection, report) in zip(found.layers[0], masked[SECOND].chunks[0], strict=True):
         assert layer.selection.digest() == selection.digest()
         assert [verdict.kept for verdict in layer.verdicts] == [verdict.kept for verdict in report.verdicts]
+    assert plan_command(["show", "--from-request", path]) == 0 and request in capsys.readouterr().out
+    drawn = ["--layer", "1", "--head", "0", "--out", str(tmp_path / "drawn.png")]
+    assert (
+        plan_command(["draw", "--from-request", path, *drawn]) == 0 and (tmp_path / "drawn.png").stat().st_size > 9999
+    )
 
 
 @pytest.mark.parametrize("topology", SHARDED, ids=lambda t: f"tp{t[0]}-cp{t[1]}-{t[2]}")
