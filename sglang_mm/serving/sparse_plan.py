@@ -87,9 +87,6 @@ class SparsePart:
         log, ring = self.prefill.log, self.prefill.transport
         by_rank = gather_told([log.told(request) for request in range(requests)], ring)
         joined = [join_ring(list(told)) for told in zip(*by_rank)]
-        tiles = [
-            [sum(layer.tiles for layer in rank[request].layers) for rank in by_rank] for request in range(requests)
-        ]
         of_replica = gather_told(joined, self.replica)
         found = []
         for request in range(requests):
@@ -97,7 +94,7 @@ class SparsePart:
                 found.append(_dense(self.method, self.choice.dense[request]))
             else:
                 whole = join_replica([told[request] for told in of_replica])
-                found.append({"sparse": record_of(self.method.title, self.method.backend, whole, tiles[request])})
+                found.append({"sparse": record_of(self.method.title, self.method.backend, whole)})
         return found
 
 

@@ -44,12 +44,16 @@ OVER_CHUNKS = {**OVER_HEADS, "index_s": sum, "compile_s": sum}
 
 
 class Told(msgspec.Struct):
-    """Of one request on one rank. fallbacks: by reason, how many choices, each for rows of one modality of a head."""
+    """Of one request on one rank. fallbacks: by reason, how many choices, each for rows of one modality of a head.
+
+    tiles_per_rank: of the ranks of a ring, when they are joined.
+    """
 
     layers: list[LayerTold] = []
     fallbacks: dict[str, int] = {}
     kernels: list[str] = []
     passed_over: list[str] = []
+    tiles_per_rank: list[int] = []
 
 
 @dataclass(eq=False)
@@ -120,13 +124,15 @@ def gather_told(mine: list[Told], circle: Transport | None) -> list[list[Told]]:
 
 def join_ring(told: list[Told]) -> Told:
     """Of one request, over the ranks of a ring, which hold one selection: pairs as one of them counted, all tiles."""
-    return Told(_layers(told, OVER_RING), told[0].fallbacks, *_names(told))
+    tiles = [sum(layer.tiles for layer in rank.layers) for rank in told]
+    return Told(_layers(told, OVER_RING), told[0].fallbacks, *_names(told), tiles)
 
 
 def join_replica(told: list[Told]) -> Told:
     """Over the T ranks of a replica, each with other heads."""
     fallbacks = sum((Counter(rank.fallbacks) for rank in told), Counter())
-    return Told(_layers(told, OVER_HEADS), dict(fallbacks), *_names(told))
+    tiles = [sum(each) for each in zip(*(rank.tiles_per_rank for rank in told), strict=True)]
+    return Told(_layers(told, OVER_HEADS), dict(fallbacks), *_names(told), tiles)
 
 
 def _layers(told: list[Told], rules: dict) -> list[LayerTold]:
@@ -142,14 +148,14 @@ def _names(told: list[Told]) -> tuple[list[str], list[str]]:
     )
 
 
-def record_of(plan: str, backend: str, told: Told, tiles_per_rank: list[int]) -> dict:
+def record_of(plan: str, backend: str, told: Told) -> dict:
     """The `sparse` part of a request's record; see docs/observability.md. backend: what --kernel-backend says."""
     return summed(
         {
             "plan": plan,
             "kernel_backend": backend,
             "kernels": told.kernels,
-            "tiles_per_rank": tiles_per_rank,
+            "tiles_per_rank": told.tiles_per_rank,
             "layers": [_rounded(msgspec.structs.asdict(layer)) for layer in told.layers],
             "fallbacks": told.fallbacks,
             "kernels_passed_over": told.passed_over,

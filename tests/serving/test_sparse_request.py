@@ -123,12 +123,13 @@ def test_records_add_up():
     first = Told([LayerTold(30, 100, 0.9, 4, 0.5, 0.1)], {"why": 1}, ["cpu"])
     ring = join_ring([first, Told([LayerTold(0, 100, 0.9, 5, 0.7, 0.1)], {"why": 1}, ["cpu"])])
     assert ring.layers == [LayerTold(30, 100, 0.9, 9, 0.7, 0.1)] and ring.fallbacks == {"why": 1}
-    both = join_replica([ring, Told([LayerTold(10, 100, 1.0, 2)], {"why": 2}, ["triton"], ["fa4: no"])])
+    assert ring.tiles_per_rank == [4, 5]
+    both = join_replica([ring, Told([LayerTold(10, 100, 1.0, 2)], {"why": 2}, ["triton"], ["fa4: no"], [2, 0])])
     assert both.layers == [LayerTold(40, 200, 0.9, 11, 0.7, 0.1)]
     assert (both.fallbacks, both.kernels, both.passed_over) == ({"why": 3}, ["cpu", "triton"], ["fa4: no"])
-    record = record_of("auto", "auto", both, [6, 5])
+    record = record_of("auto", "auto", both)
     assert (record["density"], record["recall"], record["pairs"]) == (0.2, 0.9, {"attended": 40, "causal": 200})
-    joined = join_chunks(record, record_of("auto", "auto", Told([LayerTold(200, 300, 0.95)], {}), [1, 1]))
+    joined = join_chunks(record, record_of("auto", "auto", Told([LayerTold(200, 300, 0.95)], tiles_per_rank=[1, 1])))
     assert (joined["density"], joined["recall"], joined["tiles_per_rank"]) == (0.48, 0.9, [7, 6])
     assert joined["fallbacks"] == {"why": 3}
     dense = {"plan": "auto", "kernel_backend": "auto", "dense": "few"}
