@@ -50,5 +50,5 @@ $(BIN)/python:
 $(INSTALLED): pyproject.toml
 	@[ -e $@ ] || $(MAKE) --no-print-directory disk $(BIN)/python
 	@echo "installing into $(VENV): some minutes and 11 GB the first time"
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[serve,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[serve,ray,dev]'
 	@touch $@

@@ -28,6 +28,9 @@ class Config:
     path of a plan. kernel_backend: what runs its tile programs. sparse_min_tokens: new tokens from which a request is
     sparse. keep_selections: a directory for what each sparse request selected; empty: not kept.
     media_dir: where the server makes the directory for pixels of requests; empty: in the system's temporary one.
+    nodes: over how many nodes of a Ray cluster the ranks are spread, equally; whole replicas on each. ray_address: of
+    the cluster; empty: for one node none is used, for more the one that is found, or nodes simulated on this machine.
+    nodes_deadline_s: seconds that a start waits for room on the cluster.
     """
 
     tp: int = 1
@@ -43,6 +46,9 @@ class Config:
     kernel_backend: str = "auto"
     sparse_min_tokens: int = 4096
     keep_selections: str = ""
+    nodes: int = 1
+    ray_address: str = ""
+    nodes_deadline_s: float = 600.0
 
     def __post_init__(self):
         for name in ("tp", "cp"):
@@ -59,6 +65,7 @@ class Config:
         if not self.deadline_s > 0:
             raise ConfigError(f"--deadline {self.deadline_s}", "seconds > 0", "pass --deadline 600")
         self._check_sparse()
+        self._check_nodes()
         given = self.allow_local_media
         object.__setattr__(self, "allow_local_media", (given,) if isinstance(given, str) else tuple(given))
         for directory in self.allow_local_media:
@@ -87,6 +94,22 @@ class Config:
         if self.keep_selections and not os.access(self.keep_selections, os.W_OK | os.X_OK):
             allowed = "a directory that this user can write to"
             raise ConfigError(f"--keep-selections {self.keep_selections}", allowed, "make it, or pass another")
+
+    def _check_nodes(self) -> None:
+        if self.nodes < 1:
+            raise ConfigError(f"--nodes {self.nodes}", "a whole number >= 1", "pass --nodes 1 or more")
+        if self.cp % self.nodes:
+            widths = ", ".join(str(n) for n in range(1, self.cp + 1) if not self.cp % n)
+            allowed = f"--nodes {widths}: each node takes as many whole replicas of {self.tp} ranks"
+            raise ConfigError(f"--nodes {self.nodes} with --cp {self.cp}", allowed, "raise --cp, or lower --nodes")
+        if not self.nodes_deadline_s > 0:
+            remedy = "pass --nodes-deadline 600"
+            raise ConfigError(f"--nodes-deadline {self.nodes_deadline_s}", "seconds > 0", remedy)
+
+    @property
+    def uses_ray(self) -> bool:
+        """Whether ranks are actors on a Ray cluster, and not processes of this machine."""
+        return self.nodes > 1 or bool(self.ray_address)
 
     @property
     def is_sparse(self) -> bool:

@@ -24,10 +24,24 @@ class RankMismatch(SglangMMError, RuntimeError):
 class RingBroken(SglangMMError, RuntimeError):
     """A rank did not answer within the deadline, or its connection closed.
 
-    rank: the rank that was waited for; stage: what was being waited for; waited_s: seconds.
+    rank: the world rank that is to blame, as far as is known; layer: where that was, if known; stage: what was being
+    waited for; waited_s: seconds; silent: all world ranks that did not come.
     """
 
-    def __init__(self, rank: int, stage: str, waited_s: float, cause: str = ""):
+    def __init__(
+        self,
+        rank: int,
+        stage: str,
+        waited_s: float,
+        cause: str = "",
+        layer: int | None = None,
+        silent: tuple[int, ...] = (),
+    ):
+        who = f"rank {rank}" if layer is None else f"rank {rank}, in layer {layer},"
         tail = f": {cause}" if cause else ""
-        super().__init__(f"rank {rank} did not answer during {stage} after {waited_s:.1f} s{tail}")
-        self.rank, self.stage, self.waited_s = rank, stage, waited_s
+        super().__init__(f"{who} did not answer during {stage} after {waited_s:.1f} s{tail}")
+        self.rank, self.stage, self.waited_s, self.cause, self.layer = rank, stage, waited_s, cause, layer
+        self.silent = tuple(silent) or (rank,)
+
+    def __reduce__(self):
+        return type(self), (self.rank, self.stage, self.waited_s, self.cause, self.layer, self.silent)

@@ -1,4 +1,4 @@
-"""python -m sglang_mm.demo [--cp N] [--sparse auto|off] [--video FILE --question TEXT] [--json]
+"""python -m sglang_mm.demo [--cp C] [--nodes N] [--sparse auto|off] [--video FILE --question TEXT] [--json]
 
 Serves a video question over N ranks, with dense and with sparse attention, and checks the dense answer against
 single-rank SGLang and transformers. Exit code 0 only if its tokens are equal and its log-probabilities agree within
@@ -27,6 +27,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sglang_mm.demo", description=__doc__.split("\n\n")[1])
     parser.add_argument("--cp", type=int, default=2, metavar="N", help="ranks the prefill is sharded over (default 2)")
     parser.add_argument(
+        "--nodes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="spread the ranks over the nodes of a Ray cluster, simulated here if none runs (default 1)",
+    )
+    parser.add_argument(
         "--sparse",
         choices=tuple(LAYERS),
         default="auto",
@@ -39,11 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(cp: int, video: Path | None, question: str, new_tokens: int, say, sparse: str = "auto") -> dict:
+def run(cp: int, video: Path | None, question: str, new_tokens: int, say, sparse: str = "auto", nodes: int = 1) -> dict:
     """The whole job; say(text, end) shows progress. Returns the JSON object."""
     if video is not None and not video.is_file():
         raise ConfigError(f"--video {video}", "a readable video file", "check the path, or leave --video out")
-    flags = SPARSE_FLAGS if sparse == "auto" else ()
+    flags = (*(SPARSE_FLAGS if sparse == "auto" else ()), *(("--nodes", str(nodes)) if nodes > 1 else ()))
     with tempfile.TemporaryDirectory(prefix="sglang_mm_demo_") as folder:
         work = Path(folder)
         model_path, video = prepare(work, video, LAYERS[sparse], say)
@@ -52,11 +59,12 @@ def run(cp: int, video: Path | None, question: str, new_tokens: int, say, sparse
         with server.server(model_path, cp, work / "server.log", flags) as url:
             for line in startup_lines(work / "server.log"):
                 say(f"  {line}")
+            on = server.nodes(url)
             say(f"question: {question}")
             sides = ask_both(url, prompt, video, question, new_tokens, sparse == "auto", say)
         say("references: SGLang on one rank, then transformers, on the same ids, pixels and positions")
         reference = run_reference(work, model_path, prompt, video, new_tokens)
-    result = compare(cp, sides["dense"], reference)
+    result = compare(cp, sides["dense"], reference) | {"nodes": on}
     return result | (compare_sides(**sides) if "sparse" in sides else {})
 
 
@@ -84,7 +92,17 @@ def chat_prompt(model_path: str, question: str) -> str:
 
 def startup_lines(log: Path) -> list[str]:
     lines = log.read_text().splitlines()
-    kept = ("sglang_mm  ", "  topology ", "  prefill ", "  sparse ", "  vision ", "  backends ", "  K/V ", "  fits ")
+    kept = (
+        "sglang_mm  ",
+        "  topology ",
+        "  prefill ",
+        "  nodes ",
+        "  sparse ",
+        "  vision ",
+        "  backends ",
+        "  K/V ",
+        "  fits ",
+    )
     return [line.strip() for line in lines if line.startswith(kept)]
 
 
@@ -151,7 +169,7 @@ def main(argv: list[str]) -> int:
             print(text, end=end, flush=True)
 
     try:
-        result = run(args.cp, args.video, args.question, args.new_tokens, say, args.sparse)
+        result = run(args.cp, args.video, args.question, args.new_tokens, say, args.sparse, args.nodes)
     except SglangMMError as error:
         print(f"sglang_mm.demo: {error}", file=sys.stderr)
         return 2

@@ -109,6 +109,14 @@ def record(url: str, rid: str) -> dict:
     return _checked(requests.get(f"{url}/sglang_mm/requests/{rid}", timeout=30)).json()
 
 
+def nodes(url: str) -> dict[str, list[int]]:
+    """Name of each node, empty without Ray, and the ranks that run there, as they tell it themselves."""
+    found: dict[str, list[int]] = {}
+    for rank in _checked(requests.get(f"{url}/sglang_mm/status", timeout=30)).json()["ranks"]:
+        found.setdefault(rank["node"], []).append(rank["rank"])
+    return found
+
+
 def _post(url: str, body: dict) -> requests.Response:
     return _checked(requests.post(url, json=body, timeout=ANSWER_DEADLINE_S))
 

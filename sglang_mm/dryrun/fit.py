@@ -15,6 +15,7 @@ from sglang_mm.parallel.memory import (
     even_table,
     memory_table,
 )
+from sglang_mm.parallel.nodes import Nodes
 
 WIDEST = 64
 """Replicas, up to which a remedy is looked for."""
@@ -41,6 +42,7 @@ def table_of(
         context=context,
         requests=requests,
         tp=config.tp,
+        ring=Nodes(config.cp, config.nodes),
     )
     tables = [memory_table(model, replace(load, schedule=schedule)) for schedule in schedules]
     return max(tables, key=lambda table: table.peak)

@@ -1,46 +1,122 @@
-"""From many ranks to whoever listens: ranks push to one hub, which publishes to subscribers, all on this machine.
+"""From many ranks to whoever listens: ranks push to one hub, which publishes to subscribers on its machine.
 
-The process that starts the ranks owns the hub and puts its address into their environment.
+The process that starts the ranks owns the hub and puts its addresses into their environment. It also hears that they
+live, and finds the cause of their faults.
 """
 
+import queue
 import threading
 import time
+from collections.abc import Callable
 from itertools import chain
 
 import msgspec
 import zmq
 
 from sglang_mm.errors import ConfigError
-from sglang_mm.events.messages import Event, HubAlive, PrefillEnded, PrefillStarted, decode, encode
-from sglang_mm.events.wire import ALIVE_EVERY_S, ENV, LARGEST, LIVE, QUEUED, bind
-
-MOST_RANKS = 1024  # whose prefill under way is told to subscribers who come late
+from sglang_mm.events.control import Control
+from sglang_mm.events.inquiry import MOST_RANKS
+from sglang_mm.events.messages import (
+    Event,
+    Fault,
+    Heartbeat,
+    HubAlive,
+    PrefillEnded,
+    PrefillStarted,
+    Verdict,
+    decode,
+    encode,
+)
+from sglang_mm.events.stragglers import Stragglers
+from sglang_mm.events.wire import (
+    ALIVE_EVERY_S,
+    CONTROL_ENV,
+    ENV,
+    LARGEST,
+    LATE,
+    LATE_WITH_BEATS,
+    LIVE,
+    LONGEST_REASON,
+    LOOPBACK,
+    QUEUED,
+    bind,
+)
 
 
 class EventHub:
-    """PULL for the ranks, XPUB for subscribers, a daemon thread between them. Ports: free ones unless given.
+    """PULL and ROUTER for the ranks, XPUB for subscribers, a daemon thread between them. Ports: free ones unless given.
 
-    address: for subscribers; ranks_address: for publishers; environment: what ranks must inherit. forwarded and
-    malformed count messages. Raises ConfigError for a port that is taken. Close it, or use it in a `with`.
+    host: the address of this machine that ranks connect to; subscribers find the hub on loopback alone.
+    address: for subscribers; ranks_address, control_address: for ranks; environment: what ranks must inherit. forwarded
+    and malformed count messages. Raises ConfigError for a port that is taken, and for a host that is not one address of
+    this machine. Close it, or use it in a `with`. Whatever is asked of it never waits for its thread unless it says so.
     """
 
-    def __init__(self, port: int | None = None, ranks_port: int | None = None):
+    def __init__(
+        self,
+        port: int | None = None,
+        ranks_port: int | None = None,
+        host: str = LOOPBACK,
+        control_port: int | None = None,
+    ):
         self.forwarded = self.malformed = 0
         self._under_way: dict[int, list[bytes]] = {}
         self._closing = threading.Event()
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._context = zmq.Context()
-        self._pull, self._publish = self._context.socket(zmq.PULL), self._context.socket(zmq.XPUB)
-        self._pull.setsockopt(zmq.MAXMSGSIZE, LARGEST)
+        self._pull, self._publish, router = map(self._context.socket, (zmq.PULL, zmq.XPUB, zmq.ROUTER))
+        for socket in (self._pull, router):
+            socket.setsockopt(zmq.MAXMSGSIZE, LARGEST)
         self._publish.setsockopt(zmq.SNDHWM, QUEUED)
+        router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
-            self.ranks_address = bind(self._pull, ranks_port)
+            self.ranks_address = bind(self._pull, ranks_port, host)
+            self.control_address = bind(router, control_port, host)
             self.address = bind(self._publish, port)
         except ConfigError:
             self._context.destroy(linger=0)
             raise
-        self.environment = {ENV: self.ranks_address}
+        self.environment = {ENV: self.ranks_address, CONTROL_ENV: self.control_address}
+        self._control, self._stragglers = Control(router, self._tell), Stragglers()
         self._thread = threading.Thread(target=self._run, name="sglang_mm events", daemon=True)
         self._thread.start()
+
+    def beats(self) -> dict[int, tuple[Heartbeat, float]]:
+        """rank -> its newest heartbeat, seconds since it came."""
+        return self._control.inquiry.ages()
+
+    def faults(self) -> dict[int, Fault]:
+        """rank -> the first fault that it told, in the order in which they came."""
+        return dict(self._control.inquiry.faults)
+
+    def losses(self) -> dict[int, str]:
+        """rank -> why its process is known to have ended."""
+        return dict(self._control.inquiry.losses)
+
+    def lost(self, rank: int, reason: str) -> None:
+        """The owner saw the process of a rank end. For any thread, also for signal handlers."""
+        told = reason.encode(errors="backslashreplace").decode()[:LONGEST_REASON]
+        self._orders.put(lambda: self._control.lost(rank, told))
+
+    def told(self, fault: Fault) -> None:
+        """The owner saw a rank fail that has not said so, or wait too long. For any thread and for signal handlers."""
+        self._orders.put(lambda: self._control.told(fault))
+
+    def verdict(self, patience_s: float = 0.0) -> Verdict | None:
+        """Who is the cause of the first fault; the same for all that ask, until `forget`.
+
+        None where nobody told a fault or was lost, or evidence is still coming in after patience_s: a second suffices.
+        """
+        end = time.monotonic() + patience_s
+        while (found := self._control.inquiry.verdict) is None and time.monotonic() < end:
+            time.sleep(0.005)
+        return found
+
+    def forget(self, deadline_s: float = 5.0) -> None:
+        """Beats, faults, losses and the verdict: before new ranks start. Waits for the hub's thread."""
+        done = threading.Event()
+        self._orders.put(lambda: self._forget(done))
+        done.wait(deadline_s)
 
     def close(self, deadline_s: float = 5.0) -> None:
         """Stop and free the ports. May be called more than once."""
@@ -53,20 +129,30 @@ class EventHub:
     def __exit__(self, *_) -> None:
         self.close()
 
+    def _forget(self, done: threading.Event) -> None:
+        self._control.forget()
+        self._stragglers = Stragglers()
+        done.set()
+
     def _run(self) -> None:
         """The sockets belong to this thread from here on."""
-        poller = zmq.Poller()
-        poller.register(self._pull, zmq.POLLIN)
-        poller.register(self._publish, zmq.POLLIN)
+        control, poller = self._control, zmq.Poller()
+        for socket in (self._pull, self._publish, control.socket):
+            poller.register(socket, zmq.POLLIN)
         alive_at = 0.0
         try:
             while not self._closing.is_set():
-                ready = dict(poller.poll(50))
+                ready = dict(poller.poll(10 if control.inquiry.is_open else 50))
                 if self._publish in ready:
                     self._greet(self._publish.recv())
                 for _ in range(QUEUED if self._pull in ready else 0):
                     if not self._forward():
                         break
+                if control.socket in ready:
+                    self.malformed += control.receive()
+                for _ in range(self._orders.qsize()):
+                    self._orders.get()()
+                control.turn()
                 if time.monotonic() - alive_at > ALIVE_EVERY_S:
                     alive_at = time.monotonic()
                     self._send(LIVE, self._alive())
@@ -81,12 +167,14 @@ class EventHub:
             return False
         try:
             (data,) = frames
-            self._keep(decode(data), data)
+            message = decode(data)
         except (msgspec.DecodeError, ValueError):
             self.malformed += 1
             return True
-        self.forwarded += 1
-        self._send(LIVE, data)
+        self._keep(message, data)
+        self._tell(data)
+        if isinstance(message, PrefillEnded) and (straggler := self._stragglers.ended(message)):
+            self._tell(encode(straggler))
         return True
 
     def _keep(self, message: Event, data: bytes) -> None:
@@ -101,15 +189,20 @@ class EventHub:
             self._under_way[rank][1:] = [data]
 
     def _greet(self, asked: bytes) -> None:
-        """A subscriber's own topic tells it that there is a hub, and what it missed of the prefills under way."""
+        """A subscriber's own topic tells it that there is a hub, and what it missed: prefills under way, faults."""
         subscribes, topic = asked[:1] == b"\x01", asked[1:]
-        if subscribes and topic != LIVE:
+        if subscribes and topic.startswith((LATE, LATE_WITH_BEATS)):
             self._send(topic, self._alive())
-            for data in chain.from_iterable(self._under_way.values()):
+            beats = self._control.beats() if topic.startswith(LATE_WITH_BEATS) else []
+            for data in chain(*self._under_way.values(), beats, self._control.found()):
                 self._send(topic, data)
 
     def _alive(self) -> bytes:
         return encode(HubAlive(forwarded=self.forwarded, malformed=self.malformed))
+
+    def _tell(self, data: bytes, topic: bytes = LIVE) -> None:
+        self.forwarded += 1
+        self._send(topic, data)
 
     def _send(self, topic: bytes, data: bytes) -> None:
         self._publish.send_multipart([topic, data])  # XPUB never blocks: it drops for who lags behind

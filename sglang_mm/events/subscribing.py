@@ -9,23 +9,36 @@ import zmq
 
 from sglang_mm.errors import ConfigError, SglangMMError
 from sglang_mm.events.messages import Event, HubAlive, decode
-from sglang_mm.events.wire import ANSWER_DEADLINE_S, LARGEST, LIVE, LOST_AFTER_S, QUEUED, connect
+from sglang_mm.events.wire import (
+    ANSWER_DEADLINE_S,
+    BEATS,
+    LARGEST,
+    LATE,
+    LATE_WITH_BEATS,
+    LIVE,
+    LOST_AFTER_S,
+    QUEUED,
+    connect,
+)
 
 
 class Subscriber:
     """Listens to a hub. Raises ConfigError when none answers at `address` within deadline_s.
 
+    beats: also heartbeats and waits of the ranks, which never cease.
     ignored counts messages that could not be read, as from another version of this package.
     """
 
-    def __init__(self, address: str, deadline_s: float = ANSWER_DEADLINE_S):
+    def __init__(self, address: str, deadline_s: float = ANSWER_DEADLINE_S, beats: bool = False):
         self.address, self.ignored = address, 0
+        self._early: set[bytes] = set()  # heard live before the hub told what was missed, and told there again
+        self._greeted = False
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.RCVHWM, QUEUED)
         self._socket.setsockopt(zmq.MAXMSGSIZE, LARGEST)
-        self._socket.setsockopt(zmq.SUBSCRIBE, LIVE)
-        self._socket.setsockopt(zmq.SUBSCRIBE, b"@" + uuid4().bytes)
+        for topic in (LIVE, *((BEATS,) if beats else ()), (LATE_WITH_BEATS if beats else LATE) + uuid4().bytes):
+            self._socket.setsockopt(zmq.SUBSCRIBE, topic)
         try:
             connect(self._socket, address, f"events address {address}")
             if not self._socket.poll(int(deadline_s * 1000)):
@@ -53,7 +66,12 @@ class Subscriber:
     def _read(self) -> Event | None:
         self._heard_at = time.monotonic()
         try:
-            _, data = self._socket.recv_multipart()
+            topic, data = self._socket.recv_multipart()
+            if topic.startswith((LATE, LATE_WITH_BEATS)):
+                self._greeted = True
+                return None if data in self._early else decode(data)
+            if not self._greeted:
+                self._early.add(data)
             return decode(data)
         except (msgspec.DecodeError, ValueError):
             self.ignored += 1

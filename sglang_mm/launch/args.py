@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         dest="deadline_s",
         help="longest wait of one rank for another before it raises (default %(default)s)",
     )
+    _add_nodes(parser.add_argument_group("nodes").add_argument, default)
     _add_local_media(add)
     _add_dry_run(parser.add_argument_group("dry run").add_argument)
     add(
@@ -145,6 +146,31 @@ def _add_sparse(add, default: Config) -> None:
         metavar="DIR",
         help="keep what each sparse request attended to, a file per request, for python -m sglang_mm.plan draw "
         "--from-request",
+    )
+
+
+def _add_nodes(add, default: Config) -> None:
+    add(
+        "--nodes",
+        type=int,
+        default=default.nodes,
+        metavar="N",
+        help="spread the ranks over N nodes of a Ray cluster, --cp / N replicas on each (default %(default)s)",
+    )
+    add(
+        "--ray-address",
+        default=default.ray_address,
+        metavar="auto|local|HOST:PORT",
+        help="the cluster. auto: the one that RAY_ADDRESS names or that runs on this machine; local: nodes simulated "
+        "here, on CPU (default: none for one node; for more, auto if there is one, else local)",
+    )
+    add(
+        "--nodes-deadline",
+        type=float,
+        default=default.nodes_deadline_s,
+        metavar="SECONDS",
+        dest="nodes_deadline_s",
+        help="longest wait for room on the cluster (default %(default)s)",
     )
 
 

@@ -11,12 +11,14 @@ import urllib.request
 from sglang_mm.errors import ConfigError, SglangMMError
 from sglang_mm.events import Subscriber
 from sglang_mm.launch.monitor_board import Board
-from sglang_mm.launch.monitor_views import JsonView, view
+from sglang_mm.launch.monitor_health import wait_tables
+from sglang_mm.launch.monitor_views import JsonView, printable, view
 
 URL = "http://127.0.0.1:30000"
 KEY_ENV = "SGLANG_MM_API_KEY"
 ANSWER_DEADLINE_S = 10.0
 TICK_S = 0.1
+LOOK_S = 1.5  # the newest of every rank is told to whoever comes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--plain", action="store_true", help="plain lines; the default without a terminal")
     form.add_argument("--json", action="store_true", help="every event as one line of JSON")
+    form.add_argument("--stragglers", action="store_true", help="how long ranks have waited for each other, and end")
     ends = parser.add_mutually_exclusive_group()
     ends.add_argument("--requests", type=int, metavar="N", help="end when N requests have been prefilled")
     ends.add_argument("--once", action="store_const", const=1, dest="requests", help="the same as --requests 1")
@@ -78,12 +81,25 @@ def watch(subscriber: Subscriber, shown: JsonView, requests: int | None, timeout
     return 0 if requests is None else 1
 
 
+def waits(subscriber: Subscriber, seconds: float) -> list[str]:
+    """Tables of how long each rank has waited for others, by exchange, and whom the others wait for."""
+    board, lines, end = Board(), [], time.monotonic() + seconds
+    while time.monotonic() < end:
+        message = subscriber.receive(TICK_S)
+        lines += board.health.apply(message) if message is not None else []
+    return [*wait_tables(board.health.waits), *lines] or ["no rank has told how long it waited"]
+
+
 def main(argv: list[str]) -> int:
     asked = build_parser().parse_args(argv)
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         address = asked.events or address_of(asked.url, asked.api_key)
-        with Subscriber(address) as subscriber, view(asked.plain, asked.json) as shown:
+        if asked.stragglers:
+            with Subscriber(address, beats=True) as subscriber:
+                print(*map(printable, waits(subscriber, asked.timeout or LOOK_S)), sep="\n", flush=True)
+            return 0
+        with Subscriber(address, beats=True) as subscriber, view(asked.plain, asked.json) as shown:
             code = watch(subscriber, shown, asked.requests, asked.timeout)
     except SglangMMError as error:
         print(f"sglang_mm: {error}", file=sys.stderr)

@@ -15,6 +15,7 @@ from sglang_mm.events.messages import (
     StageDone,
     StageStarted,
 )
+from sglang_mm.launch.monitor_health import MESSAGES, Health
 
 LATE_S = 2.0  # a rank is late when others are further and nothing was heard from it for so long
 KEPT = 4096
@@ -133,7 +134,7 @@ def reading_left(told: MediaProgress) -> float | None:
 class Board:
     """All prefills under way. `apply` returns a line for each request whose prefill is over.
 
-    reading: the newest of each video that is being read, by request and number.
+    reading: the newest of each video that is being read, by request and number. health: of the ranks themselves.
 
     requests: how many different ones are over. A rank has one prefill at a time, so that its next one ends the last,
     even if that message was lost.
@@ -142,11 +143,14 @@ class Board:
     def __init__(self):
         self.running: dict[str, Prefill] = {}
         self.reading: dict[tuple[str, int], MediaProgress] = {}
+        self.health = Health()
         self._told: OrderedDict[str, None] = OrderedDict()
         self.requests = 0
 
     def apply(self, message: Event) -> list[str]:
         """Take in one event."""
+        if isinstance(message, MESSAGES):
+            return self.health.apply(message)
         if isinstance(message, MediaProgress):
             return self._read(message)
         if isinstance(message, RequestRecord):

@@ -46,6 +46,9 @@ class PlainView(JsonView):
             print(printable("  ".join(columns(prefill))), flush=True)
         for told in board.reading.values():
             print(printable("  ".join(filter(None, reading_columns(told)))), flush=True)
+        told = str(board.health) if board.running or board.health.missed() else ""  # not of an idle server
+        if told:
+            print(printable(told), flush=True)
 
 
 class BarView(JsonView):
@@ -70,6 +73,7 @@ class BarView(JsonView):
             self._live.console.print(Text(printable(line)))
 
     def tick(self, board: Board) -> None:
+        from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
@@ -84,7 +88,9 @@ class BarView(JsonView):
             name, size, percent, *rest = map(printable, reading_columns(told))
             bar = ProgressBar(total=max(1, told.frames), completed=told.done, width=BAR_WIDTH)
             grid.add_row(Text(name), Text(size), bar, Text(percent), *map(Text, rest))
-        self._live.update(grid if grid.row_count else Text("no prefill under way", style="dim"))
+        alive = Text(printable(str(board.health)), style="bold red" if board.health.missed() else "dim")
+        shown = grid if grid.row_count else Text("no prefill under way", style="dim")
+        self._live.update(Group(shown, alive) if alive else shown)
 
 
 def reading_columns(told: MediaProgress) -> list[str]:

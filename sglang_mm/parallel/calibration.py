@@ -6,11 +6,12 @@ Every rank measures while the others do, since that is how they work. T rows, H 
 import math
 import time
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 
 from sglang_mm.kernels import causal_attention, empty_state, merge
-from sglang_mm.parallel.cost import Constants, ModelShape
+from sglang_mm.parallel.cost import Constants, Link, ModelShape
 from sglang_mm.parallel.transport import Transport
 
 REPEATS = 3
@@ -24,11 +25,16 @@ def calibrate(transport: Transport, shape: ModelShape, backend: str = "auto") ->
     """Measure this machine with all ranks at once; the same constants, bit for bit, on all.
 
     Collective. Below a second on CPU for heads of common size; kernels that must be compiled first come on top. Seconds
-    are averaged over the ranks. Raises RingBroken when another rank is not there by the deadline.
+    are averaged over the ranks. On several nodes the links inside them and across are measured apart. Raises RingBroken
+    when another rank is not there by the deadline.
     """
     device = transport.device
-    link = _link(transport)  # first: whoever is missing is noticed at once, and ranks measure the rest together
-    mine = [*link, *_attention(shape, backend, device), _memory(shape, device)]
+    nodes, rank = transport.topology, transport.rank
+    # first: whoever is missing is noticed at once, and ranks measure the rest together
+    links = [_link(transport, nodes.next_inside(rank), nodes.next_inside(rank, -1))]
+    if nodes.count > 1:
+        links.append(_link(transport, nodes.next_across(rank), nodes.next_across(rank, -1)))
+    mine = [*_attention(shape, backend, device), _memory(shape, device), *chain(*links)]
     agreed = transport.all_to_all(
         [torch.tensor([mine], dtype=torch.float64, device=device)] * transport.size,
         [1] * transport.size,
@@ -36,8 +42,10 @@ def calibrate(transport: Transport, shape: ModelShape, backend: str = "auto") ->
         True,
         "checks",
     )
-    latency_s, byte_s, call_s, flop_s, memory_s = torch.cat(agreed).mean(0).tolist()
-    return Constants(1 / flop_s, 1 / byte_s if byte_s else math.inf, latency_s, 1 / memory_s, call_s)
+    call_s, flop_s, memory_s, *links = torch.cat(agreed).mean(0).tolist()
+    pairs = zip(links[::2], links[1::2])
+    inside, *across = (Link(1 / byte_s if byte_s else math.inf, latency_s) for latency_s, byte_s in pairs)
+    return Constants(1 / flop_s, inside.bytes_per_s, inside.latency_s, 1 / memory_s, call_s, *across)
 
 
 def _attention(shape: ModelShape, backend: str, device: torch.device) -> tuple[float, float]:
@@ -74,15 +82,16 @@ def _memory(shape: ModelShape, device: torch.device) -> float:
     return (merge_s + _fastest(lambda: keys.index_select(0, turned), device)) / moved
 
 
-def _link(transport: Transport) -> tuple[float, float]:
-    """(seconds of the smallest message, of one further byte) while every rank sends to the next one."""
-    if transport.size == 1:
+def _link(transport: Transport, to: int, by: int) -> tuple[float, float]:
+    """(seconds of the smallest message, of one further byte) while every rank sends one and receives one."""
+    if to == transport.rank:
         return 0.0, 0.0
 
     def seconds_of(size: int) -> float:
         message = torch.zeros(size, dtype=torch.uint8, device=transport.device)
+        arrival = torch.empty_like(message)
         return _fastest(
-            lambda: transport.shift([message], [message.shape], "calibration", "checks").wait(host=True),
+            lambda: transport.exchange({to: [message]}, {by: [arrival]}, "calibration", "checks")(True),
             transport.device,
         )
 

@@ -12,6 +12,12 @@ C ranks, R rows of a rank, N rows of all, P (query, key) pairs, D head dim, b by
     gather    per rank: the first stage's send, then per stage attend + copy of the keys it sees, into their order, or,
               where that is longer, the next stage's send.
 
+On several nodes a message has the latency and rate of the link that it takes (nodes.py, gather.py):
+
+    ring      rounds of hops inside the nodes, as above; a round takes at least the send of the largest piece across
+    gather    a stage's send has two parts, across and then inside. The first stage waits for both, and for the
+              second stage's way across; then a stage hides the next one's way inside and the one's after it across.
+
 Cached keys are on every rank (`prefix`), or they travel with the new ones, or their part is done before, by `pass_q`:
 then it is the same for both and left out.
 
@@ -21,14 +27,17 @@ than predicted), the write to the pool, and what is not attention. Why these sch
 """
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from sglang_mm.errors import ConfigError
 from sglang_mm.kernels.merge import state_dtype
 from sglang_mm.parallel.gather import head_stages
 from sglang_mm.parallel.holdings import Holdings
+from sglang_mm.parallel.nodes import Nodes, ring_hops
 from sglang_mm.types import BatchLayout, Layout
 
 RING, GATHER = "ring", "gather"
@@ -59,11 +68,20 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class Link:
+    """Messages to another rank while all ranks send."""
+
+    bytes_per_s: float
+    latency_s: float
+
+
+@dataclass(frozen=True)
 class Constants:
     """What one rank of this machine does. call_s: seconds of a kernel call with next to no work in it.
 
     memory_bytes_per_s: bytes read or written while partial results are merged and keys reordered.
-    bytes_per_s, latency_s: of messages to another rank while all ranks send.
+    bytes_per_s, latency_s: of messages to another rank of the same node while all ranks send.
+    across: the same to other nodes; None where there are none.
     """
 
     attention_flops_per_s: float
@@ -71,6 +89,11 @@ class Constants:
     latency_s: float
     memory_bytes_per_s: float
     call_s: float = 0.0
+    across: Link | None = None
+
+    @property
+    def inside(self) -> Link:
+        return Link(self.bytes_per_s, self.latency_s)
 
 
 def predict(
@@ -79,12 +102,16 @@ def predict(
     constants: Constants,
     holdings: Holdings | None = None,
     done_before: bool = False,
+    nodes: int = 1,
 ) -> dict[str, float]:
     """Seconds per schedule. The same numbers wherever the arguments are the same.
 
     holdings: what travels, by default the new rows' keys. done_before: cached keys are no concern of the schedule.
+    nodes: on how many the ranks lie. Raises ConfigError when that does not divide them, or constants know of one only.
     """
-    work = _Work(layout, holdings or Holdings(layout), done_before)
+    if nodes > 1 and constants.across is None:
+        raise ConfigError(f"constants of one node for {nodes}", "Constants(across=Link(..))", "calibrate on this ring")
+    work = _Work(layout, holdings or Holdings(layout), done_before, Nodes(layout.ranks, nodes))
     return {
         RING: shape.layers * _ring_s(work, shape, constants),
         GATHER: shape.layers * _gather_s(work, shape, constants),
@@ -108,8 +135,8 @@ def pairs_between(layout: Layout) -> Tensor:
 class _Work:
     """Counts per rank and source, summed over requests. Requests of which a rank has no row cost it nothing."""
 
-    def __init__(self, layout: BatchLayout, holdings: Holdings, done_before: bool):
-        self.ranks, ranks = layout.ranks, range(layout.ranks)
+    def __init__(self, layout: BatchLayout, holdings: Holdings, done_before: bool, nodes: Nodes):
+        self.ranks, self.nodes, ranks = layout.ranks, nodes, range(layout.ranks)
         held = torch.tensor([[len(rows) for rows in own.rows] for own in layout.requests])
         brought = torch.tensor(
             [[len(holdings.positions(rank, i)) for rank in ranks] for i in range(len(layout.requests))]
@@ -142,11 +169,20 @@ def _ring_s(work: _Work, shape: ModelShape, constants: Constants) -> float:
         return _attend_s(calls, pairs, shape.q_heads, shape, constants) + merge_s
 
     seconds = max(compute(work.prefix_calls[r], work.prefix_pairs[r], work.prefix_merged[r]) for r in ranks)
-    for hop in ranks:
-        sources = [(rank - hop) % work.ranks for rank in ranks]
-        compute_s = max(compute(work.calls[r][s], work.pairs[r][s], work.merged[r][s]) for r, s in enumerate(sources))
-        last = hop + 1 == work.ranks
-        seconds += compute_s if last else max(compute_s, _send_s(1, max(work.rows), shape.kv_heads, shape, constants))
+    all_hops, largest, each = [ring_hops(rank, work.nodes) for rank in ranks], max(work.rows), work.nodes.each
+    inside_s, across_s = (
+        _send_s(1, largest, shape.kv_heads, shape, link) if link else 0.0
+        for link in (constants.inside, constants.across)
+    )
+    for first in range(0, work.ranks, each):
+        round_s = 0.0
+        for number in range(first, first + each):
+            sources = [hops[number].source for hops in all_hops]
+            compute_s = max(
+                compute(work.calls[r][s], work.pairs[r][s], work.merged[r][s]) for r, s in enumerate(sources)
+            )
+            round_s += compute_s if number + 1 == first + each else max(compute_s, inside_s)
+        seconds += round_s if first + each == work.ranks else max(round_s, across_s)
     return seconds
 
 
@@ -157,24 +193,39 @@ def _gather_s(work: _Work, shape: ModelShape, constants: Constants) -> float:
 def _gather_rank_s(rank: int, work: _Work, shape: ModelShape, constants: Constants) -> float:
     group = shape.q_heads // shape.kv_heads
     pairs = sum(work.pairs[rank]) + work.prefix_pairs[rank]
-    others = work.ranks - 1
-    travelling = max(sum(work.rows) - work.rows[rank], others * work.rows[rank])  # in, out: a link takes both at once
-    compute, transport = [], []
+    compute, inside, across = [], [], []
     for stage in head_stages(shape.kv_heads):
         heads = stage.stop - stage.start
         copy_s = _copy_s(work.keys_seen[rank], heads, shape, constants)
         compute.append(_attend_s(work.requests[rank], pairs, group * heads, shape, constants) + copy_s)
-        transport.append(_send_s(others, travelling, heads, shape, constants))
-    overlapped = sum(max(computing, following) for computing, following in zip(compute, transport[1:]))
-    return transport[0] + overlapped + compute[-1]
+        inside_s, across_s = _gather_sends_s(rank, heads, work, shape, constants)
+        inside.append(inside_s)
+        across.append(across_s)
+    following = zip_longest(compute, inside[1:], across[2:], fillvalue=0.0)
+    return across[0] + max([inside[0], *across[1:2]]) + sum(max(stage) for stage in following)
+
+
+def _gather_sends_s(rank: int, heads: int, work: _Work, shape: ModelShape, constants: Constants) -> tuple[float, float]:
+    """A stage's seconds (inside the node, across nodes); on one link all of them are the first. A link takes what goes
+    and what comes at once."""
+    rows, nodes = work.rows, work.nodes
+    if not nodes.two_links:
+        link, others = constants.inside if nodes.count == 1 else constants.across, work.ranks - 1
+        return _send_s(others, max(sum(rows) - rows[rank], others * rows[rank]), heads, shape, link), 0.0
+    abroad = nodes.counterparts(rank)
+    coming = sum(rows[other] for other in abroad)
+    across_s = _send_s(len(abroad), max(coming, len(abroad) * rows[rank]), heads, shape, constants.across)
+    column, others = coming + rows[rank], nodes.each - 1
+    inside = max(sum(rows) - column, others * column)
+    return _send_s(others * nodes.count, inside, heads, shape, constants.inside), across_s
 
 
 def _attend_s(calls: int, pairs: int, q_heads: int, shape: ModelShape, constants: Constants) -> float:
     return calls * constants.call_s + pairs * shape.flops(q_heads) / constants.attention_flops_per_s
 
 
-def _send_s(messages: int, rows: int, kv_heads: int, shape: ModelShape, constants: Constants) -> float:
-    return messages * constants.latency_s + rows * shape.kv_bytes(kv_heads) / constants.bytes_per_s
+def _send_s(messages: int, rows: int, kv_heads: int, shape: ModelShape, link: Link) -> float:
+    return messages * link.latency_s + rows * shape.kv_bytes(kv_heads) / link.bytes_per_s
 
 
 def _copy_s(rows: int, kv_heads: int, shape: ModelShape, constants: Constants) -> float:

@@ -4,6 +4,13 @@
     under way    head 0, 1   head 1, 2   head 2, 3   head 3          4 K/V heads; a head travels in one message
     computed     head 0      head 1      head 2      head 3          from each rank to each other one
 
+On several nodes a share crosses to each other node once: to the counterpart there (nodes.py), which passes it on.
+
+    stage        0           1           2           3
+    across       head 0..2   head 2, 3   head 3                      own share, to the counterparts
+    inside       head 0, 1   head 1, 2   head 2, 3   head 3          own and counterparts' shares, to the same node
+    computed     head 0      head 1      head 2      head 3
+
 A row meets all its keys at once, in order of position: no partial results, no merges, and no rank that waits for its
 neighbour's kernel. T rows of this rank, N keys of all ranks, H heads, n heads of one stage, D head dim.
 """
@@ -17,6 +24,7 @@ from torch import Tensor
 from sglang_mm.errors import ConfigError
 from sglang_mm.kernels import merge
 from sglang_mm.parallel.holdings import Holdings
+from sglang_mm.parallel.nodes import Nodes
 from sglang_mm.parallel.pieces import Attend, Prefix, State, cached_rows, causal, expect_rows
 from sglang_mm.parallel.stopwatch import Watch, unwatched
 from sglang_mm.parallel.transport import Settle, Transport
@@ -85,9 +93,10 @@ def attend_gathered(
     q [T, Hq, D]: the rank's rows of all requests, in layout order; T may be 0. k, v [.., Hkv, D]: what the rank brings,
     in the order of the tables' holdings. Collective: every rank of the layout calls it. Cached keys are in `prefix`, on
     this rank, or in the holdings, or their part of the result is in `state`, which is written to. keep: called once
-    per stage; no more than two stages are held at once. attend: how rows meet keys, by default `causal`. watch: stages
-    `attention` (copies of keys included) and `transport`. Raises ConfigError when q, k, v, a prefix or the ring do not
-    fit the layout, RingBroken past the deadline.
+    per stage; no more than two stages are held at once, and on several nodes the counterparts' shares of a third.
+    attend: how rows meet keys, by default `causal`. watch: stages `attention` (copies of keys included) and
+    `transport`. Raises ConfigError when q, k, v, a prefix or the ring do not fit the layout, RingBroken past the
+    deadline.
     """
     _validate(q, k, v, tables, transport)
     attend = attend or causal(scale, backend)
@@ -121,28 +130,67 @@ def _stages(
     k: Tensor, v: Tensor, tables: GatherTables, transport: Transport, watch: Watch
 ) -> Iterator[tuple[slice, Tensor]]:
     """Per stage its heads and their gathered keys and values [N, 2, n, D]; the next stage is under way meanwhile."""
-    stages = head_stages(k.shape[1])
-    following = _post(k, v, stages, 0, tables, transport)
-    for stage, heads in enumerate(stages):
+    ways = _Ways(k, v, tables, transport, watch)
+    following = ways.post(0)
+    for stage, heads in enumerate(ways.stages):
         kv, settle = following
-        if stage + 1 < len(stages):
-            following = _post(k, v, stages, stage + 1, tables, transport)
+        if stage + 1 < len(ways.stages):
+            following = ways.post(stage + 1)
         with watch("transport"):
             settle(False)
         yield heads, kv
 
 
-def _post(
-    k: Tensor, v: Tensor, stages: list[slice], stage: int, tables: GatherTables, transport: Transport
-) -> tuple[Tensor, Settle]:
-    heads, rank = stages[stage], transport.rank
-    kv = k.new_empty(tables.rows, 2, heads.stop - heads.start, k.shape[2])
-    own = kv[tables.sources[rank]]
-    own[:, 0], own[:, 1] = k[:, heads], v[:, heads]
-    peers = [peer for peer in range(transport.size) if peer != rank]
-    send = {peer: [own] for peer in peers}
-    receive = {peer: [kv[tables.sources[peer]]] for peer in peers}
-    return kv, transport.exchange(send, receive, f"gather stage {stage + 1} of {len(stages)}", "kv")
+class _Ways:
+    """How stages travel: across nodes, if there are several, a stage ahead, and then inside the node."""
+
+    def __init__(self, k: Tensor, v: Tensor, tables: GatherTables, transport: Transport, watch: Watch):
+        self.k, self.v, self.stages = k, v, head_stages(k.shape[1])
+        self.tables, self.transport, self.watch = tables, transport, watch
+        nodes = transport.topology
+        if not nodes.two_links:
+            nodes = Nodes(nodes.ranks)  # all others are as far
+        self.abroad = nodes.counterparts(transport.rank)
+        self.passed_on = {other: [other, *nodes.counterparts(other)] for other in nodes.neighbours(transport.rank)}
+        self._crossing: tuple[dict[int, Tensor], Settle] | None = None
+        self._cross(0)
+
+    def post(self, stage: int) -> tuple[Tensor, Settle]:
+        """Send on what this rank has of a stage. (keys and values [N, 2, n, D], what waits for the others' of them)"""
+        heads, sources = self.stages[stage], self.tables.sources
+        kv = self.k.new_empty(self.tables.rows, 2, heads.stop - heads.start, self.k.shape[2])
+        own = kv[sources[self.transport.rank]]
+        own[:, 0], own[:, 1] = self.k[:, heads], self.v[:, heads]
+        self._fill_in(kv)
+        mine = [own, *(kv[sources[other]] for other in self.abroad)]
+        send = dict.fromkeys(self.passed_on, mine)
+        receive = {other: [kv[sources[each]] for each in theirs] for other, theirs in self.passed_on.items()}
+        settle = self.transport.exchange(send, receive, self._name(stage), "kv")
+        self._cross(stage + 1)
+        return kv, settle
+
+    def _cross(self, stage: int) -> None:
+        """Post a stage's way to the counterparts and from them."""
+        if not self.abroad or stage == len(self.stages):
+            return
+        own = torch.stack([side[:, self.stages[stage]] for side in (self.k, self.v)], dim=1)
+        rows = self.tables.holdings.rows
+        shares = {other: own.new_empty(rows(other), *own.shape[1:]) for other in self.abroad}
+        send, receive = {other: [own] for other in shares}, {other: [share] for other, share in shares.items()}
+        settle = self.transport.exchange(send, receive, f"{self._name(stage)}, across nodes", "kv")
+        self._crossing = shares, settle
+
+    def _fill_in(self, kv: Tensor) -> None:
+        """Into their places what came from the counterparts; then it is let go."""
+        if self._crossing:
+            (shares, settle), self._crossing = self._crossing, None
+            with self.watch("transport"):
+                settle(False)
+            for other, share in shares.items():
+                kv[self.tables.sources[other]] = share
+
+    def _name(self, stage: int) -> str:
+        return f"gather stage {stage + 1} of {len(self.stages)}"
 
 
 def _by_position(kv: Tensor, order: Tensor, cached: tuple[Tensor, Tensor], heads: slice) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ what a rank reads has been computed.
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from sglang_mm.errors import RankMismatch, RingBroken
 from sglang_mm.parallel.meter import Meter
+from sglang_mm.parallel.nodes import Nodes
 from sglang_mm.parallel.transport import Settle, Transport
+from sglang_mm.parallel.waiting import Wait, Waits
 
 Result = TypeVar("Result")
 
@@ -33,13 +35,19 @@ class Mailboxes:
             self._messages[address] = tensors
             self._changed.notify_all()
 
-    def take(self, address: tuple[int, int, int], stage: str, deadline_s: float) -> list[Tensor]:
-        source, began = address[0], time.monotonic()
+    def take(self, addresses: Sequence[tuple[int, int, int]], wait: Wait, deadline_s: float) -> list[list[Tensor]]:
+        """The messages at all addresses. Raises RingBroken when a source has failed, or is silent for deadline_s."""
+
+        def missing() -> list[int]:
+            return [address[0] for address in addresses if address not in self._messages]
+
         with self._changed:
-            self._changed.wait_for(lambda: address in self._messages or source in self._failed, deadline_s)
-            if address not in self._messages:
-                raise RingBroken(source, stage, time.monotonic() - began, str(self._failed.get(source, "")))
-            return self._messages.pop(address)
+            self._changed.wait_for(lambda: self._failed.keys() & missing() or not missing(), deadline_s)
+            silent = sorted(missing(), key=lambda source: source not in self._failed)
+            if silent:
+                cause, waited_s = str(self._failed.get(silent[0], "")), time.monotonic() - wait.since
+                raise RingBroken(silent[0], wait.stage, waited_s, cause, silent=tuple(silent))
+            return [self._messages.pop(address) for address in addresses]
 
     def fail(self, rank: int, error: BaseException) -> None:
         with self._changed:
@@ -50,10 +58,13 @@ class Mailboxes:
 class LocalTransport(Transport):
     """One thread's end of the mailboxes."""
 
-    def __init__(self, rank: int, size: int, mailboxes: Mailboxes, deadline_s: float, device: str = "cpu"):
+    def __init__(
+        self, rank: int, size: int, mailboxes: Mailboxes, deadline_s: float, device: str = "cpu", nodes: int = 1
+    ):
         self.rank, self.ranks, self.deadline_s = rank, range(size), deadline_s
+        self.nodes = Nodes(size, nodes).count
         self.device = torch.device(device)
-        self.meter = Meter()
+        self.meter, self.waits = Meter(), Waits()
         self._mailboxes = mailboxes
         self._sent, self._expected = Counter(), Counter()
 
@@ -68,8 +79,13 @@ class LocalTransport(Transport):
             self._expected[source] += 1
 
         def settle(host: bool) -> None:
-            for address, buffers in awaited:
-                self._fill(buffers, self._mailboxes.take(address, stage, self.deadline_s), address[0], stage)
+            if not awaited:
+                return
+            addresses = [address for address, _ in awaited]
+            with self.waits.of([source for source, _, _ in addresses], stage) as wait:
+                messages = self._mailboxes.take(addresses, wait, self.deadline_s)
+            for (address, buffers), arrived in zip(awaited, messages, strict=True):
+                self._fill(buffers, arrived, address[0], stage)
 
         return settle
 
@@ -82,9 +98,9 @@ class LocalTransport(Transport):
 
 
 def run_ranks(
-    fn: Callable[[Transport], Result], ranks: int, *, deadline_s: float = 60.0, device: str = "cpu"
+    fn: Callable[[Transport], Result], ranks: int, *, deadline_s: float = 60.0, device: str = "cpu", nodes: int = 1
 ) -> list[Result]:
-    """Run fn(transport) as `ranks` ranks in threads; their results in rank order.
+    """Run fn(transport) as `ranks` ranks in threads; their results in rank order. nodes: see Transport.
 
     Raises the error that came first, or RingBroken for a rank that has not returned when deadline_s and one second
     for the others to report have passed. A thread that never returns is abandoned, not waited for.
@@ -93,7 +109,7 @@ def run_ranks(
 
     def run(rank: int) -> None:
         try:
-            results[rank] = fn(LocalTransport(rank, ranks, mailboxes, deadline_s, device))
+            results[rank] = fn(LocalTransport(rank, ranks, mailboxes, deadline_s, device, nodes))
         except BaseException as error:
             errors.append(error)
             mailboxes.fail(rank, error)

@@ -8,6 +8,7 @@ rows, b bytes of an element; per row:
     exchange    embeddings of own frames, copies that go, copies that come, and all in order
     attention   q, k, v; ring: two pieces of K/V, a copy in the kernel's order, two fp32 states
                 gather: two stages of some heads of all S keys, and copies of them by position
+                on several nodes, what crosses: up to two pieces more; shares of a stage more
     mlp         the result; gate and up, and their product, of at most MLP_ROWS rows at a time
     logits      the last row's; with input log-probabilities of at most LOGIT_ROWS rows at a time
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 
 from sglang_mm.config import Config
 from sglang_mm.parallel.gather import head_stages
+from sglang_mm.parallel.nodes import Nodes, pieces_at_once
 from sglang_mm.types import page_for
 
 HELD, PREFILL, HOST, DISK = "held", "prefill", "host", "disk"
@@ -32,6 +34,7 @@ INDEX = 8  # bytes of a position or a slot
 BATCH_COLUMNS = 6  # ids, positions, slots, three rotary positions
 FP32 = 4
 REQUESTS = 64  # rows of SGLang's slot table, as our launcher sets --max-running-requests
+ALONE = Nodes(1)
 PREFILL_BUFFER = 16384  # tokens that SGLang's input buffers hold at least
 
 
@@ -109,7 +112,7 @@ class Load:
 
     media: media tokens among its rows; frames: those it encodes. kept: K/V rows of its pages, all of the last one and
     SGLang's padding page. slots: of the pool, all ranks' together. requests: rows of the slot table, each as long as
-    the context. scored: whether log-probabilities of the prompt are asked for.
+    the context. scored: whether log-probabilities of the prompt are asked for. ring: on which nodes its ranks are.
     """
 
     tokens: int
@@ -124,6 +127,7 @@ class Load:
     schedule: str = "ring"
     tp: int = 1
     scored: bool = False
+    ring: Nodes = ALONE
 
 
 @dataclass(frozen=True)
@@ -184,8 +188,9 @@ def even_table(model: ModelSizes, config: Config, tokens: int, *, fused: bool = 
     kept = (-(-tokens // page) + 1) * page // config.keepers
     schedules = ("ring", "gather") if config.schedule == "auto" else (config.schedule,)
     slots = max(tokens, PREFILL_BUFFER)
+    ring = Nodes(config.cp, config.nodes)
     loads = [
-        Load(tokens, rows, rows, rows, rows, kept, slots, tokens, REQUESTS, schedule, config.tp)
+        Load(tokens, rows, rows, rows, rows, kept, slots, tokens, REQUESTS, schedule, config.tp, ring=ring)
         for schedule in schedules
     ]
     return max((memory_table(model, load, fused=fused) for load in loads), key=lambda table: table.peak)
@@ -234,6 +239,8 @@ def _attention(model: ModelSizes, load: Load, fused: bool) -> Iterator[Item]:
         yield Item("q and k, turned", "attention", rows * (q + kv // 2) * b)
     if load.schedule == "ring":
         yield Item("two pieces of K/V", "attention", (rows + load.largest) * kv * b)
+        more = pieces_at_once(load.ring) - 2 if load.ring.two_links else 0
+        yield Item("pieces that cross nodes", "attention", more * load.largest * kv * b)
         if fused:
             yield Item("a piece in the kernel's order", "attention", load.largest * kv * b)
         yield Item("two states in fp32", "attention", (2 if fused else 3) * rows * state)
@@ -242,6 +249,8 @@ def _attention(model: ModelSizes, load: Load, fused: bool) -> Iterator[Item]:
     stage = max(heads.stop - heads.start for heads in stages) * kv // model.kv_heads_of(load.tp)
     under_way = min(2, len(stages))
     yield Item("heads of all K/V, two stages", "attention", under_way * load.tokens * stage * b)
+    crossing = load.tokens // load.ring.each if load.ring.two_links else 0
+    yield Item("shares that cross nodes", "attention", crossing * stage * b)
     yield Item("heads of all K/V, by position", "attention", (2 if fused else 1) * load.tokens * stage * b)
     yield Item("result, and a stage's in fp32", "attention", rows * q * b + rows * state // len(stages))
 

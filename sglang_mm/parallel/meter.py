@@ -9,13 +9,14 @@ from torch import Tensor
 
 @dataclass
 class Traffic:
-    """bytes_sent, messages: to other ranks, empty tensors left out.
+    """bytes_sent, messages: to other ranks, empty tensors left out. bytes_across: those of them to other nodes.
 
     host_waited_s: seconds the host was held until messages had come. With gloo that is the wait itself; with NCCL the
     device waits instead and this is the cost of the calls alone: there a stopwatch's stage tells the wait.
     """
 
     bytes_sent: int = 0
+    bytes_across: int = 0
     messages: int = 0
     host_waited_s: float = 0.0
 

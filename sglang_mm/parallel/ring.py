@@ -3,7 +3,8 @@
     hop      0            1            2            3
     rank 0   own piece    of rank 3    of rank 2    of rank 1        C = 4; C-1 hops
 
-A schedule is an iterator of pieces and does not care where they rest. T tokens, H heads, D head dim.
+On several nodes pieces go around inside each while the next node's are on their way: nodes.py has the order. A
+schedule is an iterator of pieces and does not care where they rest. T tokens, H heads, D head dim.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,36 +15,45 @@ from torch import Tensor
 from sglang_mm.errors import ConfigError
 from sglang_mm.kernels import empty_state, merge
 from sglang_mm.parallel.holdings import Holdings
+from sglang_mm.parallel.nodes import Send, ring_hops
 from sglang_mm.parallel.pieces import Attend, Piece, Prefix, State, cached_rows, causal, expect_rows
 from sglang_mm.parallel.stopwatch import Watch, unwatched
-from sglang_mm.parallel.transport import Transport
+from sglang_mm.parallel.transport import Transfer, Transport
 from sglang_mm.types import BatchLayout
 
 
 def ring_pieces(
     k: Tensor, v: Tensor, rows: Sequence[int], transport: Transport, *, watch: Watch = unwatched
 ) -> Iterator[Piece]:
-    """The own piece, then those of rank - 1, rank - 2, ...; each next one travels while the caller computes.
+    """The own piece, then all others in the order of nodes.py, on one node those of rank - 1, rank - 2, ...; the next
+    one travels while the caller computes, and one of the next node meanwhile.
 
     k, v [T, Hkv, D] that this rank brings; rows: T of every rank. Ranks with T = 0 take part. Every rank must consume
-    all pieces. watch: stage `transport`, the waits for pieces. Raises ConfigError when k, v do not have rows[rank]
-    rows, RingBroken past the deadline.
+    all pieces. No more than nodes.pieces_at_once() are held. watch: stage `transport`, the waits for pieces. Raises
+    ConfigError when k, v do not have rows[rank] rows, RingBroken past the deadline.
     """
     size, rank = transport.size, transport.rank
     if len(rows) != size or k.shape != v.shape or len(k) != rows[rank]:
         given = f"rank {rank} of {size}: k {tuple(k.shape)}, v {tuple(v.shape)}, rows {list(rows)}"
         raise ConfigError(given, "k and v alike, with rows[rank] rows", "take rows from the batch's holdings")
-    piece = torch.stack([k, v])
-    for hop in range(size):
-        source = (rank - hop) % size
-        arriving = None
-        if hop + 1 < size:
-            shape = (2, rows[(source - 1) % size], *k.shape[1:])
-            arriving = transport.shift([piece], [shape], f"ring hop {hop + 1} of {size - 1}", "kv")
-        yield Piece(source, piece[0], piece[1])
-        if arriving:
+    piece, under_way = torch.stack([k, v]), {}
+    hops = ring_hops(rank, transport.topology)
+    for number, hop in enumerate(hops):
+        if number:
             with watch("transport"):
-                (piece,) = arriving.wait()
+                (piece,) = under_way.pop(number).wait()
+        for send in hop.sends:
+            under_way[send.due] = _send(piece, rows[hops[send.due].source], send, transport)
+        yield Piece(hop.source, piece[0], piece[1])
+
+
+def _send(piece: Tensor, rows: int, send: Send, transport: Transport) -> Transfer:
+    """rows: of the piece that comes meanwhile."""
+    arrival = piece.new_empty(2, rows, *piece.shape[2:])
+    stage = f"ring hop {send.due} of {transport.size - 1}"
+    if send.across and transport.topology.two_links:
+        stage += ", across nodes"
+    return Transfer([arrival], transport.exchange({send.to: [piece]}, {send.by: [arrival]}, stage, "kv"))
 
 
 def attend_pieces(

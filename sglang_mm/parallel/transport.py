@@ -14,6 +14,8 @@ from torch import Tensor
 
 from sglang_mm.errors import ConfigError, RankMismatch
 from sglang_mm.parallel.meter import Meter
+from sglang_mm.parallel.nodes import Nodes
+from sglang_mm.parallel.waiting import Waits
 
 Settle = Callable[[bool], None]
 """Waits for posted messages. True: until the host may read the values; False: until the device's stream may."""
@@ -35,7 +37,8 @@ class Transfer:
 class Transport(Protocol):
     """One rank's end of the ring. device: where tensors must lie; deadline_s: seconds any wait may take.
 
-    meter: what this rank has sent so far, by kind of message.
+    meter: what this rank has sent so far, by kind of message. waits: what it waits for right now, and its waits so far.
+    nodes: on how many its ranks lie, equally many on each, consecutive.
     """
 
     rank: int
@@ -43,6 +46,8 @@ class Transport(Protocol):
     device: torch.device
     deadline_s: float
     meter: Meter
+    waits: Waits
+    nodes: int = 1
 
     def post(self, send: dict[int, list[Tensor]], receive: dict[int, list[Tensor]], stage: str) -> Settle:
         """What `exchange` does, for tensors with elements, uncounted."""
@@ -57,6 +62,7 @@ class Transport(Protocol):
         """
         send, receive = _with_elements(send), _with_elements(receive)
         account = self.meter.count(kind, (tensor for tensors in send.values() for tensor in tensors))
+        account.bytes_across += self._bytes_across(send)
         wait = self.post(send, receive, stage)
 
         def settle(host: bool) -> None:
@@ -69,6 +75,15 @@ class Transport(Protocol):
     @property
     def size(self) -> int:
         return len(self.ranks)
+
+    @property
+    def topology(self) -> Nodes:
+        """Which of its ranks share a node. Raises ConfigError when they do not fit `nodes`."""
+        return Nodes(self.size, self.nodes)
+
+    def _bytes_across(self, send: dict[int, list[Tensor]]) -> int:
+        nodes = self.topology
+        return sum(t.nbytes for rank, tensors in send.items() if nodes.are_apart(self.rank, rank) for t in tensors)
 
     def shift(
         self, tensors: Sequence[Tensor], like: Sequence[Sequence[int]], stage: str = "shift", kind: str = "other"

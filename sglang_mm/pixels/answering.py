@@ -33,7 +33,7 @@ class Answering:
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             given = f"host {host} for pixels ({error.strerror})"
-            raise ConfigError(given, "an address of this machine", "check --dist-init-addr") from None
+            raise ConfigError(given, "an address of this machine", "check how Ray knows this node") from None
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._thread = threading.Thread(target=self._run, name="sglang_mm pixels", daemon=True)
         self._thread.start()

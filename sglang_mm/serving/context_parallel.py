@@ -16,7 +16,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from sglang_mm.config import Config
 from sglang_mm.parallel.distributed import DistributedTransport
-from sglang_mm.serving import agreement
+from sglang_mm.serving import agreement, faults
 from sglang_mm.serving.embed import embed_rows
 from sglang_mm.serving.kv_pool import residence_of
 from sglang_mm.serving.logits import logits_of
@@ -41,12 +41,13 @@ class ContextParallelMixin:
         # plain attributes: nn.Module.__init__ has not run yet, and must run inside the narrowed scope
         object.__setattr__(self, "mm_config", Config.from_env() or Config())
         group = parallel.attn_cp_group if self.mm_config.cp > 1 else None
-        object.__setattr__(self, "mm_transport", self._transport(group) or self._alone(parallel))
+        object.__setattr__(self, "mm_transport", self._transport(group, self.mm_config.nodes) or self._alone(parallel))
         rank = self.mm_transport.rank if self.mm_transport else 0
         object.__setattr__(self, "mm_residence", residence_of(self.mm_config, rank))
         replica = parallel.attn_tp_group if self.mm_config.computes_prefill and self.mm_config.tp > 1 else None
         object.__setattr__(self, "mm_replica", self._transport(replica))
         agreement.join(*((self.mm_replica, self.mm_transport) if self.mm_config.cp > 1 else ()))
+        faults.join(self.mm_transport, self.mm_replica)
         object.__setattr__(self, "mm_schedules", ScheduleChoice(self.mm_config, self.mm_transport))
         object.__setattr__(self, "mm_fallbacks", FallbackLog())
         object.__setattr__(self, "mm_chunks", ChunkLog())
@@ -57,10 +58,10 @@ class ContextParallelMixin:
         for layer in self.model.layers:
             layer.mlp.forward = in_slices(layer.mlp.forward)
 
-    def _transport(self, group) -> DistributedTransport | None:
+    def _transport(self, group, nodes: int = 1) -> DistributedTransport | None:
         if group is None:
             return None
-        return DistributedTransport(group.device_group, group.ranks, group.device, self.mm_config.deadline_s)
+        return DistributedTransport(group.device_group, group.ranks, group.device, self.mm_config.deadline_s, nodes)
 
     def _alone(self, parallel) -> DistributedTransport | None:
         """The ring of one rank, where prefills are ours though none is sharded."""
@@ -93,7 +94,8 @@ class ContextParallelMixin:
     def forward(self, input_ids, positions, forward_batch, *args, **kwargs):
         with self.narrowed():
             if forward_batch.forward_mode not in (ForwardMode.EXTEND, ForwardMode.MIXED):
-                return super().forward(input_ids, positions, forward_batch, *args, **kwargs)
+                with faults.decoding():
+                    return super().forward(input_ids, positions, forward_batch, *args, **kwargs)
             plan, reason = self._plan(forward_batch, more_than_generation=bool(args) or any(kwargs.values()))
             if plan:
                 output, records = self._forward_sharded(input_ids, forward_batch, plan)

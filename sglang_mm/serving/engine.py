@@ -1,21 +1,29 @@
 """`sglang_mm.Engine`: SGLang's Engine with our arguments beside its own."""
 
+import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
+from types import new_class
 
 from sglang_mm.config import Config
 from sglang_mm.errors import ConfigError
 from sglang_mm.events import EventHub
+from sglang_mm.pixels.wire import LOOPBACK
 from sglang_mm.serving import media_access, worker
 from sglang_mm.serving.preflight import check_launch, environment
+from sglang_mm.serving.ray_ranks import nodes_for
 from sglang_mm.serving.settings import refuse, server_settings
 from sglang_mm.serving.sparse_method import with_known_plan
+from sglang_mm.serving.supervisor import Supervisor
 
 with environment(Config()):  # SGLang decides at import which platform it is on
     from sglang.srt.entrypoints import engine as stock
     from sglang.srt.server_args import ServerArgs
 
-    from sglang_mm.serving import requests, sparse_request, storing
+    from sglang_mm.serving import requests, sparse_request, storing, supervised
+
+logger = logging.getLogger(__name__)
 
 
 class Engine(stock.Engine):
@@ -43,11 +51,15 @@ class Engine(stock.Engine):
         kernel_backend: str = "auto",
         sparse_min_tokens: int = 4096,
         keep_selections: str = "",
+        nodes: int = 1,
+        ray_address: str = "",
+        nodes_deadline_s: float = 600.0,
         **sglang_args,
     ):
         tp = sglang_args.pop("tp_size", 1) if tp is None else tp
         chosen = (schedule, kv, cp_min_tokens, vision, deadline_s, allow_local_media, media_dir)
-        config = Config(tp, cp, *chosen, sparse, kernel_backend, sparse_min_tokens, keep_selections)
+        chosen += (sparse, kernel_backend, sparse_min_tokens, keep_selections, nodes, ray_address, nodes_deadline_s)
+        config = Config(tp, cp, *chosen)
         self.mm_config = with_known_plan(config, str(sglang_args.get("model_path", "")))
         if "server_args" in sglang_args:
             raise ConfigError("server_args=...", "ServerArgs' fields as keywords", "pass Engine(**fields)")
@@ -58,16 +70,32 @@ class Engine(stock.Engine):
             sparse_request.serve(self.mm_config)
             media_access.allow(self.mm_config.allow_local_media or (media_access.ANYWHERE,))
             must, may = server_settings(self.mm_config, on_cpu=on_cpu)
-            self.mm_pixels = storing.open_store(self.mm_config, asked)
-            self.mm_hub = EventHub()
+            self.mm_until_shutdown = ExitStack()
+            until_shutdown, where = self.mm_until_shutdown.enter_context, (self.mm_config, asked.model_path)
+            self.mm_nodes = until_shutdown(nodes_for(*where, on_cpu=on_cpu, say=logger.warning))
+            host = self.mm_nodes.cluster.host if self.mm_nodes else LOOPBACK
+            self.mm_hub = until_shutdown(EventHub(host=host))
+            self.mm_pixels = until_shutdown(storing.open_store(self.mm_config, host))
+            watched = self.mm_hub, self.mm_config.deadline_s, self.mm_config.world_size
+            self.mm_watch = until_shutdown(Supervisor(*watched))
             os.environ.update(self.mm_hub.environment | self.mm_pixels.environment)
             requests.show(self.mm_hub)
             try:
-                super().__init__(**(may | sglang_args | must))
+                if self.mm_nodes:
+                    self._become_ray_engine()
+                with supervised.explained(self.mm_watch):
+                    super().__init__(**(may | sglang_args | must))
+                supervised.guard(self, self.mm_watch)
             except BaseException:
-                self.mm_pixels.close()
-                self.mm_hub.close()
+                self.mm_until_shutdown.close()
                 raise
+
+    def _become_ray_engine(self) -> None:
+        """SGLang's RayEngine too. Not earlier: what imports ray settles on which interfaces it listens."""
+        from sglang_mm.serving.ray_engine import NodesEngine
+
+        self.__class__ = new_class(type(self).__name__, (type(self), NodesEngine))
+        NodesEngine.on = self.mm_nodes
 
     @property
     def events(self) -> str:
@@ -79,5 +107,4 @@ class Engine(stock.Engine):
             super().shutdown()
         finally:
             requests.hide(self.mm_hub)
-            self.mm_pixels.close()
-            self.mm_hub.close()
+            self.mm_until_shutdown.close()

@@ -13,6 +13,7 @@ import logging
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
+from sglang_mm.events.vitals import vitals
 from sglang_mm.kernels import causal_attention, merge
 from sglang_mm.kernels.merge import join_partials
 from sglang_mm.kernels.paged import PageTable, backend_for, paged_attention
@@ -51,6 +52,7 @@ class PagedAttentionBackend(AttentionBackend):
         return self.device != "cpu"
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
+        vitals.layer = layer.layer_id
         q, k, v = _by_heads(q, k, v, layer)
         if save_kv_cache:
             self.token_to_kv_pool.set_kv_buffer(layer, forward_batch.out_cache_loc, k, v)
@@ -59,6 +61,7 @@ class PagedAttentionBackend(AttentionBackend):
         return out.to(q.dtype).reshape(len(q), -1)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
+        vitals.layer = layer.layer_id
         q, k, v = _by_heads(q, k, v, layer)
         if save_kv_cache:
             self.token_to_kv_pool.set_kv_buffer(layer, forward_batch.out_cache_loc, k, v)

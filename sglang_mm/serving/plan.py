@@ -179,7 +179,8 @@ def plan_prefill(forward_batch, model, transport: Transport, schedules: Schedule
     flat = [layout.flat(r).to(device) for r in range(transport.size)]
     transport.meter.take()
     choice = choose_sparse(forward_batch, model.mm_prompts) if model.mm_sparse else None
-    words = f"{schedule},{cached},{residence.ranks},{residence.page},{choice.words(model.mm_sparse) if choice else ''}"
+    ring = f"{transport.nodes},{residence.ranks},{residence.page}"
+    words = f"{schedule},{cached},{ring},{choice.words(model.mm_sparse) if choice else ''}"
     transport.check_equal(digest64([layout.digest(), exchange.digest(), words]), "prefill plan")
     progress = progress_of(forward_batch, transport.rank, transport.size, len(model.model.layers), schedule, chunk)
     sight = Sight(progress, transport)

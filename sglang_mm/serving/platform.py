@@ -30,6 +30,11 @@ def without_pinned_memory() -> None:
     torch.Tensor.pin_memory = lambda tensor, *_args, **_kwargs: tensor
 
 
+def without_cuda_devices() -> None:
+    """SGLang's Ray actor chooses its CUDA device unconditionally; where there is none, torch raises."""
+    torch.cuda.set_device = lambda device: None
+
+
 def align_to_model_replica(original, model_config, load_config, tp_size):
     """On CPU SGLang pads head counts to the world size; a model replica spans only the T ranks that split it."""
     from sglang.srt.runtime_context import get_parallel

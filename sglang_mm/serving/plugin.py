@@ -27,6 +27,11 @@ AROUND_HOOKS = {  # below sglang.srt: what runs around it, in every process
     "managers.tokenizer_manager.TokenizerManager._validate_one_request": "intake.admit_prompt",
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._resolve_kv_pool_class": "kv_pool.pool_class",
     "layers.sampler.Sampler._sync_token_ids_across_tp": "agreement.settle",
+    "managers.scheduler.Scheduler.__init__": "faults.while_loading",
+    "managers.scheduler.Scheduler.run_event_loop": "faults.while_serving",
+    "utils.common.kill_process_tree": "supervised.instead_of_dying",
+    "utils.watchdog.SubprocessWatchdog.start": "supervised.instead_of_watching",
+    "utils.watchdog.SubprocessWatchdog.stop": "supervised.at_the_end",
 }
 CPU_HOOKS = {  # below sglang.srt: what runs around it, where there is no accelerator
     "model_executor.model_runner.adjust_config_with_unaligned_cpu_tp": "platform.align_to_model_replica",

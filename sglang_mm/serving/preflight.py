@@ -66,7 +66,7 @@ def bind_cores(ranks: int, cores: list[int]) -> str:
 
 def check_launch(config: Config, asked, *, on_cpu: bool) -> None:
     """Devices, architecture and sizes of the model. asked: SGLang's ServerArgs. Raises ConfigError."""
-    if not on_cpu:
+    if not on_cpu and not config.uses_ray:  # what nodes have, the cluster tells
         check_devices(config, asked)
     if config.world_size == 1 and not config.is_sparse:
         return

@@ -26,8 +26,10 @@ def note_chunks(forward_batch, _class, batch, *_args, **_kwargs):
 
 def sharded_records(plan: PrefillPlan, forward_batch, *, vision: str) -> list[dict]:
     """One record per request of a sharded batch, when it has run. Collective. vision: as in Config."""
-    seconds, sent = plan.sight.measured()
+    seconds, sent, across = plan.sight.measured()
     shared = {"bytes_sent": sent, "seconds": seconds, "cached_by": plan.cached}
+    if plan.transport.nodes > 1:
+        shared["bytes_across_nodes"] = across
     if vision == "frames":  # else SGLang encodes on every rank, or finds what it has encoded
         shared["frames_encoded"] = plan.new_frames
     shared["predicted_seconds"] = {name: round(value, 6) for name, value in plan.predicted.items()}

@@ -140,12 +140,28 @@ def hide(hub: EventHub) -> None:
 
 
 def status() -> dict:
-    """Totals since the start of this process; `events`: a subscriber's address, or None without a hub."""
+    """Totals since the start of this process; `events`: a subscriber's address, or None without a hub; `ranks`: what
+    the newest heartbeat of each told, and how many seconds ago."""
     told = {name: dict(counts) for name, counts in _totals.items()}
-    hub = {"events": None, "events_malformed": 0}
+    hub = {"events": None, "events_malformed": 0, "ranks": []}
     if _hub is not None:
-        hub = {"events": _hub.address, "events_malformed": _hub.malformed}
+        hub = {"events": _hub.address, "events_malformed": _hub.malformed, "ranks": _ranks(_hub)}
     return {**told, **hub}
+
+
+def _ranks(hub: EventHub) -> list[dict]:
+    told = ((rank, beat, age_s) for rank, (beat, age_s) in sorted(hub.beats().items()))
+    return [
+        {
+            "rank": rank,
+            "node": beat.node,
+            "pid": beat.pid,
+            "stage": beat.stage,
+            "layer": beat.layer,
+            "silent_s": round(age_s, 1),
+        }
+        for rank, beat, age_s in told
+    ]
 
 
 def add_routes(app) -> None:

@@ -38,7 +38,8 @@ class ScheduleChoice:
         if self.asked != "auto" or layout.ranks == 1:
             return ("ring" if self.asked == "auto" else self.asked), {}
         self.prepare(model)
-        predicted = predict(layout, shape_of(model), self.constants, holdings, done_before)
+        nodes = self.transport.nodes
+        predicted = predict(layout, shape_of(model), self.constants, holdings, done_before, nodes)
         return choose(predicted), predicted
 
     def way_to_cached(self, layout: BatchLayout, residence: Residence, model: torch.nn.Module) -> str:

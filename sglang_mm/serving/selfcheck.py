@@ -28,7 +28,16 @@ PARAMETERS = {  # below sglang.srt, functions we call or override: the parameter
     "layers.logits_processor:LogitsProcessor.forward": "input_ids hidden_states lm_head logits_metadata",
     "layers.logits_processor:LogitsProcessorOutput.finalize_input_logprobs": "self",
     "managers.mm_utils:prepare_mm_inputs": "input_ids forward_batch language_model",
+    "managers.scheduler:Scheduler.__init__": "self server_args port_args",
     "managers.scheduler:Scheduler.get_init_info": "self",
+    "managers.scheduler:Scheduler.run_event_loop": "self",
+    "managers.load_snapshot:shm_path_for": "ipc_name",
+    "managers.tokenizer_manager:SignalHandler.running_phase_sigquit_handler": "self",
+    "managers.tokenizer_manager:TokenizerManager.set_server_stop_hook": "self",
+    "managers.tokenizer_manager:TokenizerManager.dump_requests_before_crash": "self",
+    "utils.common:kill_process_tree": "parent_pid include_parent",
+    "utils.watchdog:SubprocessWatchdog": "processes process_names",
+    "entrypoints.engine:_scheduler_died_error": "rank proc",
     "model_executor.forward_batch_info:ForwardBatch.init_new": "batch model_runner",
     "managers.scheduler:run_scheduler_process": "server_args port_args pipe_writer",
     "managers.tokenizer_manager:TokenizerManager.update_request_meta_info": (
@@ -162,10 +171,12 @@ def describe_worker(info: dict, scheduler) -> dict:
     """After-hook on Scheduler.get_init_info: assert that this worker runs what was asked for, and tell its sizes.
 
     Where prefills are ours, lowers the longest prompt to what the memory of a prefill allows.
-    Adds `sglang_mm` to what the launcher hears of each rank: layers, context_length, prefill_backend, decode_backend;
+    Adds `sglang_mm` to what the launcher hears of each rank: layers, context_length, prefill_backend, decode_backend,
+    ray_node;
     with --cp above 1 q_heads and first_q_head, read from the attention layers; and, for caches with K and V of every
     layer, kv_heads, head_dim, kv_bytes_per_token (before they are shared), kv_bytes (this rank's) and kv_page.
     """
+    from sglang_mm.serving.ray_worker import ray_node
     from sglang_mm.serving.room import limit_of
 
     config = check_plugin()
@@ -175,6 +186,7 @@ def describe_worker(info: dict, scheduler) -> dict:
         info["max_req_input_len"] = limit_of(runner, config, info["max_req_input_len"])
     info["sglang_mm"] = {
         "layers": runner.model_config.num_hidden_layers,
+        "ray_node": ray_node(),
         "context_length": runner.model_config.context_len,
         "prefill_backend": runner.prefill_attention_backend_str,
         "decode_backend": runner.decode_attention_backend_str,

@@ -8,9 +8,11 @@ from contextlib import ExitStack
 
 from sglang_mm.config import Config
 from sglang_mm.events import EventHub
+from sglang_mm.pixels.wire import LOOPBACK
 from sglang_mm.serving import media_access, port
 from sglang_mm.serving.exposure import Exposure
 from sglang_mm.serving.preflight import check_launch, environment
+from sglang_mm.serving.ray_ranks import Nodes, nodes_for
 from sglang_mm.serving.settings import refuse, set_by_user, to_argv
 from sglang_mm.serving.sparse_method import with_known_plan
 
@@ -21,18 +23,19 @@ def serve(
     *,
     on_start: Callable[[Config, str, str, Exposure], None],
     on_ready: Callable[[Config, dict, str], None],
+    say: Callable[[str], None] = print,
 ) -> None:
     """Run until SIGINT or SIGTERM. Raises ConfigError or SelfCheckError before any process starts.
 
     on_start(config, model, device, exposure) is called before start-up, on_ready(config, rank 0's scheduler info, url)
-    when requests are served; config with the plan that `auto` found.
+    when requests are served; config with the plan that `auto` found. say(line): what happens in between.
     """
-    with environment(config) as on_cpu, EventHub() as hub, ExitStack() as until_the_end:
+    with environment(config) as on_cpu, ExitStack() as until_the_end:
         from sglang.srt.entrypoints import http_server
         from sglang.srt.server_args import ServerArgs, prepare_server_args
         from sglang.srt.utils import kill_process_tree
 
-        from sglang_mm.serving import requests, sparse_request, storing, worker
+        from sglang_mm.serving import requests, sparse_request, storing, supervised
 
         asked = prepare_server_args(sglang_flags)
         config = with_known_plan(config, asked.model_path)
@@ -47,7 +50,11 @@ def serve(
         media_access.allow(exposure.directories)
         sparse_request.serve(config)
         on_start(config, args.model_path, "cpu (reference platform)" if on_cpu else "gpu", exposure)
-        store = until_the_end.enter_context(storing.open_store(config, args))
+        nodes = until_the_end.enter_context(nodes_for(config, args.model_path, on_cpu=on_cpu, say=say))
+        host = nodes.cluster.host if nodes else LOOPBACK
+        hub = until_the_end.enter_context(EventHub(host=host))
+        store = until_the_end.enter_context(storing.open_store(config, host))
+        watch = until_the_end.enter_context(supervised.served(config, hub, http_server, until_the_end))
         os.environ.update(hub.environment | store.environment)
         requests.show(hub)
         requests.add_routes(http_server.app)
@@ -59,11 +66,27 @@ def serve(
         # until SGLang installs its own handler, SIGTERM must reach the `finally` that ends the ranks
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
-            http_server.launch_server(
-                args,
-                init_tokenizer_manager_func=worker.init_tokenizer_manager,
-                run_scheduler_process_func=worker.run_scheduler_process,
-                launch_callback=announce,
-            )
+            _launch(args, nodes, announce, say)
         finally:
+            watch.close()
             kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _launch(args, nodes: Nodes | None, announce: Callable[[], None], say: Callable[[str], None]) -> None:
+    """SGLang's server, its ranks on this machine or on nodes. Returns, or raises, when it ends."""
+    from sglang.srt.entrypoints import http_server
+
+    from sglang_mm.serving import worker
+
+    if nodes is None:
+        http_server.launch_server(
+            args,
+            init_tokenizer_manager_func=worker.init_tokenizer_manager,
+            run_scheduler_process_func=worker.run_scheduler_process,
+            launch_callback=announce,
+        )
+        return
+    from sglang_mm.serving.ray_engine import launch_server
+
+    say(f"  nodes      {nodes}")
+    launch_server(args, nodes, launch_callback=announce)

@@ -14,6 +14,7 @@ CPU_TOKENS = 131072  # K/V slots, times the replicas that share them
 MEDIA_MB = 2048  # one download, kept in memory; SGLang's 64 are three minutes of film
 NEVER = {  # fields of SGLang's ServerArgs: (value they must keep, why, what to do instead)
     "attn_cp_size": (1, "it is derived from --cp", "pass --cp"),
+    "use_ray": (False, "it is derived from --nodes and --ray-address", "pass those"),
     "enable_prefill_cp": (False, "it is SGLang's own context parallelism", "pass --cp alone"),
     "tokenizer_worker_num": (1, "the corrected processor runs in the server's own process", "leave it out"),
     "smg_grpc_mode": (False, "the server speaks HTTP", "leave it out"),
@@ -31,7 +32,7 @@ OURS = {  # the same, but only where prefills are ours: --cp above 1, or --spars
     "disaggregation_mode": ("null", "prefill/decode disaggregation is not supported", "leave it out"),
     "enable_dp_attention": (False, "data-parallel attention is not supported", "leave it out"),
     "dp_size": (1, "data parallelism is not supported", "start one server per replica"),
-    "nnodes": (1, "several nodes are not supported", "raise --cp within one node"),
+    "nnodes": (1, "it is derived from --nodes", "pass --nodes"),
     "enable_mixed_chunk": (False, "batches that mix prefill and decode are never sharded", "leave it out"),
     "is_embedding": (False, "only generation is sharded", "serve embeddings with --cp 1"),
     "kv_cache_dtype": ("auto", "quantized K/V are not supported", "leave it out"),
@@ -85,6 +86,8 @@ def server_settings(config: Config, *, on_cpu: bool) -> tuple[dict, dict]:
     may: dict = {"media_url_max_file_size_mb": MEDIA_MB}
     if config.cp > 1:
         must["attn_cp_size"] = config.cp
+    if config.nodes > 1:
+        must["nnodes"] = config.nodes
     if config.computes_prefill:
         must["prefill_attention_backend"] = PREFILL_BACKEND
         # one chunk: each one attends to all before it, whose keys or queries travel again

@@ -83,17 +83,22 @@ class Sight:
         else:
             self.progress.layer_done(layer)
 
-    def measured(self) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
-        """Seconds by stage, and bytes sent by kind, each with one value per rank. Collective; ends the measurement."""
+    def measured(self) -> tuple[dict[str, list[float]], dict[str, list[int]], list[int]]:
+        """Seconds by stage, bytes sent by kind, and those of all kinds to other nodes: each with one value per rank.
+
+        Collective; ends the measurement.
+        """
         with self.watch("rest"):
             pass  # the stretch since the last stage counts
         seconds, traffic = self.watch.seconds(), self.transport.meter.take()
         mine = [seconds.get(stage, 0.0) for stage in STAGES]
         mine += [traffic[kind].bytes_sent if kind in traffic else 0 for kind in KINDS]
+        mine.append(sum(each.bytes_across for each in traffic.values()))
         row = torch.tensor([mine], dtype=torch.float64, device=self.transport.device)
         ranks = self.transport.size
         told = self.transport.all_to_all([row] * ranks, [1] * ranks, "measurements", host=True, kind="measurements")
-        columns = torch.cat(told).T.tolist()
+        *columns, across = torch.cat(told).T.tolist()
         by_stage = {name: [round(s, 6) for s in column] for name, column in zip(STAGES, columns)}
         by_stage["total"] = [round(sum(each), 6) for each in zip(*columns[: len(STAGES)])]
-        return by_stage, {kind: list(map(int, column)) for kind, column in zip(KINDS, columns[len(STAGES) :])}
+        sent = {kind: list(map(int, column)) for kind, column in zip(KINDS, columns[len(STAGES) :])}
+        return by_stage, sent, list(map(int, across))

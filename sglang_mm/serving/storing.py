@@ -8,11 +8,9 @@ rows it encodes. A processor that does something else is found out, and its floa
 import copy
 import logging
 import math
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from urllib.parse import urlsplit
 
 import torch
 from sglang.srt.managers.schedule_batch import MultimodalInputFormat
@@ -33,17 +31,15 @@ PAIR = 2  # frames that a patch may span; a video is cut between such pairs
 _store: PatchStore | None = None
 
 
-def open_store(config: Config, asked) -> PatchStore:
-    """A store for the processors that are made from now on. asked: SGLang's ServerArgs.
+def open_store(config: Config, host: str = LOOPBACK) -> PatchStore:
+    """A store for the processors that are made from now on. host: how ranks find this machine.
 
-    Where ranks run on several machines it answers on the address by which they find this one, and keeps files until the
+    Where ranks run on several machines it answers on that address, and keeps files until the
     last rank must have read: rank 0 may tell of an end while others are still reading, but no rank waits for another
     longer than --deadline. Raises ConfigError.
     """
     global _store
-    several = asked.nnodes > 1 and asked.dist_init_addr
-    host = socket.gethostbyname(urlsplit(f"tcp://{asked.dist_init_addr}").hostname) if several else LOOPBACK
-    linger_s = config.deadline_s + ANSWER_DEADLINE_S if several else LINGER_S
+    linger_s = LINGER_S if host == LOOPBACK else config.deadline_s + ANSWER_DEADLINE_S
     _store = PatchStore(config.media_dir, host, linger_s)
     if _store.removed:
         logger.info("removed pixels that killed servers left: %s", ", ".join(_store.removed))

@@ -13,7 +13,7 @@ from sglang_mm.tiny import write_video
 DEMO = [sys.executable, "-m", "sglang_mm.demo"]
 KEYS = {
     "cp", "prompt_tokens", "output_tokens", "stock_output_tokens", "hf_output_tokens", "max_logprob_diff",
-    "identical", "fallbacks", "rows_per_rank", "ttft_s",
+    "identical", "fallbacks", "rows_per_rank", "ttft_s", "nodes",
 }  # fmt: skip
 SPARSE_KEYS = {
     "density", "density_by_layer", "recall", "kernels", "seconds", "cached_tokens", "kept", "sparse_output_tokens",
@@ -34,8 +34,18 @@ def test_answers_over_two_ranks_like_the_references_and_sparsely_beside(tmp_path
     assert told["output_tokens"] == told["stock_output_tokens"] == told["hf_output_tokens"]
     assert told["max_logprob_diff"] <= TOLERANCE
     assert len(told["rows_per_rank"]) == 2 and min(told["rows_per_rank"]) > 900
-    assert told["ttft_s"] > 0
+    assert told["ttft_s"] > 0 and told["nodes"] == {"": [0, 1]}
     check_sparse(told)
+
+
+@pytest.mark.slow
+def test_answers_over_two_simulated_nodes_like_the_references():
+    words = ["--nodes", "2", "--cp", "4", "--sparse", "off", "--json"]
+    done = subprocess.run([*DEMO, *words], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    told = json.loads(done.stdout)
+    assert told["identical"] is True and told["max_logprob_diff"] <= TOLERANCE
+    assert told["nodes"] == {"local-0": [0, 1], "local-1": [2, 3]} and len(told["rows_per_rank"]) == 4
 
 
 def check_sparse(told: dict) -> None:

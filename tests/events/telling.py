@@ -36,11 +36,12 @@ def hear(subscriber: Subscriber, count: int) -> list[Event]:
     return heard
 
 
-def process(script: str, address: str | None, *arguments: str) -> subprocess.Popen:
+def process(script: str, address: str | None, *arguments: str, stdin: int | None = None) -> subprocess.Popen:
     """Python with `script`, as SGLang's ranks inherit the hub's address."""
     environment = {ENV: address} if address else {}
     command = [sys.executable, "-c", script, *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
 
 
 def end_of(running: subprocess.Popen) -> tuple[int, str, str]:

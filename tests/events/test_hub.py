@@ -7,7 +7,7 @@ import pytest
 import zmq
 
 from sglang_mm.errors import ConfigError, SglangMMError
-from sglang_mm.events import EventHub, Publisher, Subscriber, subscribe, subscribing
+from sglang_mm.events import CONTROL_ENV, ENV, EventHub, Publisher, Subscriber, subscribe, subscribing
 from sglang_mm.events.messages import LayerDone, PrefillEnded, RequestRecord, encode
 from sglang_mm.events.wire import LARGEST
 from tests.events.telling import end_of, hear, process, stage_done, started, wait_until
@@ -22,7 +22,7 @@ for i in range(count):
 publisher().close()
 """
 LEAVE_OPEN = """
-from sglang_mm.events import EventHub, Publisher, Subscriber
+from sglang_mm.events import CONTROL_ENV, ENV, EventHub, Publisher, Subscriber
 hub = EventHub()
 publisher, subscriber = Publisher(hub.ranks_address), Subscriber(hub.address)
 publisher.emit(__import__("sglang_mm.events.messages").events.messages.HubAlive(forwarded=0, malformed=0))
@@ -106,6 +106,23 @@ def test_closing_frees_the_ports_and_ends_the_thread():
 def test_a_port_is_a_port(port):
     with pytest.raises(ConfigError, match="65535"):
         EventHub(ranks_port=port)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "*", "", "localhost", "224.0.0.1", "192.0.2.1"])
+def test_a_host_is_one_address_of_this_machine(host):
+    with pytest.raises(ConfigError, match="not all of them"):
+        EventHub(host=host)
+
+
+def test_ranks_connect_on_the_given_host_and_subscribers_on_loopback():
+    with EventHub(host="127.0.0.2") as hub, Subscriber(hub.address) as subscriber:
+        assert hub.ranks_address.startswith("tcp://127.0.0.2:") and hub.control_address.startswith("tcp://127.0.0.2:")
+        assert hub.address.startswith("tcp://127.0.0.1:")
+        assert hub.environment == {ENV: hub.ranks_address, CONTROL_ENV: hub.control_address}
+        telling = Publisher(hub.ranks_address)
+        telling.emit(started())
+        assert len(hear(subscriber, 1)) == 1
+        telling.close()
 
 
 def test_a_process_that_closes_nothing_ends():

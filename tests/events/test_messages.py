@@ -20,6 +20,13 @@ EVERY = [
     messages.MediaProgress(request="a", medium=1, done=20, frames=7200, seconds=1.5, ended=True, error="E: x"),
     messages.RequestRecord(request="a", record={"rows_per_rank": [20, 20]}, finish="stop", answer_tokens=7),
     messages.HubAlive(forwarded=3, malformed=0),
+    messages.Heartbeat(rank=1, node="b", pid=7, layer=3, layers=4, stage="layers", waits_for=[0], waits_s=1.5, at=2.5),
+    messages.Fault(rank=1, what="waited", reason="RingBroken: x", blames=0, silent=[0, 2], waited_s=2.0, layer=3),
+    messages.Ask(fault=messages.Fault(rank=1, what="own", reason="E: x"), within_s=1.0),
+    messages.RankLost(rank=2, reason="exit code -9"),
+    messages.Verdict(rank=None, what="differ", reason="ranks differ"),
+    messages.RankWaits(rank=1, stages={"ring hop": messages.StageWaited(3, 1.5, 1.0, [1, 2])}, edges_s=[0.1]),
+    messages.Straggler(prefill="0:a", rank=1, ranks=2, share=0.01, others=0.5, prefills=3),
 ]
 
 
@@ -55,6 +62,8 @@ def test_every_kind_is_tried():
         altered(rank="1"),
         altered(seconds=-0.5),
         altered(schema=messages.SCHEMA + 1),
+        msgspec.msgpack.encode({"kind": "heartbeat", "schema": 1, "rank": 0, "layer": -2}),
+        msgspec.msgpack.encode({"kind": "fault", "schema": 1, "rank": 0, "what": "unheard of", "reason": ""}),
     ],
 )
 def test_anything_else_is_refused(data):

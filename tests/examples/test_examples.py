@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import requests
@@ -22,28 +21,6 @@ PAIR = 144  # tokens of two frames of 224 x 224, enlarged to the least size of a
 PAGE = 64  # prefix hits end with a page of K/V
 TOLERANCE = 1e-4  # what this project allows between two computations of one log-probability in fp32
 needs_opencv = pytest.mark.skipif(importlib.util.find_spec("cv2") is None, reason="sgl.video reads files by OpenCV")
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    """url, video (16 frames, two a second), picture, checkpoint."""
-    folder = tmp_path_factory.mktemp("served")
-    found = SimpleNamespace(checkpoint=str(write_checkpoint(folder / "tiny-qwen2.5-vl")))
-    found.video = str(write_video(folder / "shapes.mp4", seconds=8, fps=2))
-    found.picture = str(folder / "picture.png")
-    payload = as_sgl_video(frames_of(found.video, 1))
-    (folder / "picture.png").write_bytes(base64.b64decode(payload.removeprefix("video:")))
-    port, log = server.free_port(), folder / "log"
-    command = [sys.executable, "-m", "sglang_mm.launch", "--model-path", found.checkpoint, "--cp", "2"]
-    command += ["--cp-min-tokens", "64", "--schedule", "ring", "--port", str(port)]
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        server.wait_until_ready(process, log)
-        found.url = f"http://127.0.0.1:{port}"
-        yield found
-    finally:
-        server.stop(process)
 
 
 def started(name: str, *arguments: str) -> subprocess.Popen:

@@ -31,13 +31,15 @@ ROOMS = {
     "events": Room(libraries={"msgspec", "zmq"}),
     "pixels": Room(libraries={"torch", "msgspec", "zmq"}),
     "serving": Room(
-        NOUNS | {"kernels", "modality", "parallel", "patterns", "events", "pixels"},
+        NOUNS | {"kernels", "modality", "parallel", "patterns", "events", "pixels", "cluster"},
         {"torch", "msgspec", "sglang", "fastapi", "torchcodec", "decord", "prometheus_client", "cv2", "psutil"},
     ),
+    "cluster": Room(libraries={"ray"}),
     "dryrun": Room(NOUNS | {"patterns", "plan", "parallel"}, {"torch", "msgspec"}),
     "launch": Room(NOUNS | {"serving", "events", "dryrun"}, {"ray", "rich"}),
     "plan": Room(NOUNS | {"patterns", "modality"}, {"torch", "msgspec"}),
     "tiny": Room(libraries={"torch", "numpy", "av", "tokenizers", "transformers"}),
+    "batch": Room(NOUNS | {"launch"}, {"aiohttp", "rich"}),
     "demo": Room(NOUNS | {"", "launch", "tiny", "pixels"}, {"torch", "transformers", "openai", "requests"}),
     "": Room(NOUNS | {"serving"}),  # sglang_mm/__init__.py: Engine, imported when first asked for
 }

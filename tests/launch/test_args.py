@@ -15,7 +15,8 @@ from sglang_mm.serving.settings import to_argv
 FLAGS = {
     "--help", "--tp", "--tp-size", "--tensor-parallel-size", "--cp", "--schedule", "--cp-min-tokens", "--vision",
     "--deadline", "--allow-local-media", "--help-all", "--dry-run", "--tokens", "--prompt", "--gpu", "--plan", "--json",
-    "--kv", "--media-dir", "--sparse", "--kernel-backend", "--sparse-min-tokens", "--keep-selections",
+    "--kv", "--media-dir", "--sparse", "--kernel-backend", "--sparse-min-tokens", "--keep-selections", "--nodes",
+    "--ray-address", "--nodes-deadline",
 }  # fmt: skip
 
 

@@ -5,7 +5,6 @@ import os
 import pty
 import signal
 import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -17,34 +16,17 @@ import pytest
 from sglang_mm.demo.server import free_port
 from sglang_mm.events import EventHub, Publisher
 from sglang_mm.events.messages import (
-    LayerDone,
     MediaProgress,
-    PrefillEnded,
-    PrefillStarted,
     RequestRecord,
     StageStarted,
 )
 from sglang_mm.launch import monitor_board
 from sglang_mm.launch.monitor_board import Board
 from sglang_mm.launch.monitor_views import columns, printable
+from tests.launch.monitoring import PATIENCE_S, end_of, ended, layer, start, started
 
-MONITOR = [sys.executable, "-m", "sglang_mm.launch.monitor"]
-PATIENCE_S = 30
 RECORD = {"schedule": "ring", "ranks": 2, "new_tokens": 31204, "cached_tokens": 5, "tokens": {"text": 42, "image": 0}}
 SUMMARY = "a  ring on 2 ranks, 31,204 new tokens (text 42), 5 cached: 3.0 s"
-
-
-def started(rank: int, prefill: str = "0:a", requests: tuple = ("a",)) -> PrefillStarted:
-    about = {"new_tokens": 31204, "cached_tokens": 5, "layers": 4, "schedule": "ring", "at": time.time()}
-    return PrefillStarted(prefill=prefill, requests=list(requests), rank=rank, ranks=2, **about)
-
-
-def layer(rank: int, number: int, seconds: float = 1.0) -> LayerDone:
-    return LayerDone(prefill="0:a", rank=rank, layer=number, layers=4, seconds=seconds)
-
-
-def ended(rank: int, error: str = "", prefill: str = "0:a", records: dict | None = None) -> PrefillEnded:
-    return PrefillEnded(prefill=prefill, rank=rank, seconds=2.0 + rank, records=records or {}, error=error)
 
 
 @pytest.fixture
@@ -56,22 +38,6 @@ def told():
             telling.emit(message)
         yield hub.address, telling
         telling.close()
-
-
-def start(*arguments: str, out=subprocess.PIPE, **environment: str) -> subprocess.Popen:
-    variables = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
-    return subprocess.Popen([*MONITOR, *arguments], stdout=out, stderr=subprocess.PIPE, text=True, env=variables)
-
-
-def end_of(running: subprocess.Popen) -> tuple[int, str, str]:
-    """Exit code, output, errors."""
-    try:
-        out, errors = running.communicate(timeout=PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        running.kill()
-        raise AssertionError(f"it did not end: {running.communicate()}") from None
-    assert "Traceback" not in errors
-    return running.returncode, out, errors
 
 
 @contextmanager

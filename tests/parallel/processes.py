@@ -1,4 +1,8 @@
-"""Real ranks for tests: spawned processes joined in one torch.distributed world. torch only."""
+"""Real ranks for tests: processes joined in one torch.distributed world. torch only.
+
+They are forks of a server that has torch loaded and has started no thread and no CUDA: spawning each would import torch
+as many times. `tests/faults/pool.py` has processes that are used again.
+"""
 
 import multiprocessing
 import queue
@@ -17,7 +21,8 @@ def run_processes(fn: Callable, ranks: int, rendezvous: str, *, backend="gloo", 
     fn and its results are pickled: module-level functions, plain values and numpy arrays. An exception in fn fails the
     caller with its traceback. rendezvous: a path that does not exist yet.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed"])
     answers = context.Queue()
     arguments = (fn, ranks, rendezvous, backend, answers)
     processes = [context.Process(target=_main, args=(rank, *arguments), daemon=True) for rank in range(ranks)]

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sglang_mm.errors import RingBroken
+from sglang_mm.errors import ConfigError, RingBroken
 from sglang_mm.parallel.calibration import calibrate
-from sglang_mm.parallel.cost import Constants, ModelShape, choose, pairs_between, predict
+from sglang_mm.parallel.cost import Constants, Link, ModelShape, choose, pairs_between, predict
 from sglang_mm.parallel.layout import make_layout
 from sglang_mm.parallel.local import run_ranks
 from sglang_mm.types import BatchLayout, Layout, Run
@@ -90,6 +90,54 @@ def test_the_ring_waits_for_the_slowest_rank_of_each_hop_and_the_gather_for_the_
     assert seconds == {"ring": sum(hops), "gather": slowest}
 
 
+def test_a_round_inside_the_nodes_hides_what_crosses_meanwhile():
+    """4 ranks on 2 nodes, by hand: hops 0 and 1 meet the own node's pieces, 2 and 3 the other's."""
+    layout = dealt(torch.tensor([0, 1, 2, 3, 3, 2, 1, 0, 0, 1, 2, 3]), 4)
+    pairs, send = pairs_between(layout), 3 * 2 * 4 * 4
+    sources = [[0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]]
+    hops = [max(int(pairs[rank, source]) for rank, source in enumerate(each)) for each in sources]
+
+    def ring_s(inside_s: float, across_s: float) -> float:
+        constants = Constants(32.0, send / inside_s, 0.0, math.inf, across=Link(send / across_s, 0.0))
+        return predict(BatchLayout((layout,)), LAYER, constants, nodes=2)["ring"]
+
+    assert ring_s(0.5, 0.5) == sum(hops)
+    assert ring_s(0.5, hops[0] + hops[1]) == sum(hops)
+    assert ring_s(0.5, 100) == 100 + hops[2] + hops[3]
+    assert ring_s(64, 8) == 64 + hops[1] + 64 + hops[3], "a link inside is used once a round"
+
+
+def test_a_gathered_stage_crosses_before_it_is_passed_on():
+    """4 ranks of 3 rows on 2 nodes, 4 stages: 1 share crosses, 2 come from the neighbour, 24 pairs a stage and more."""
+    layout = dealt(torch.tensor([0, 1, 2, 3, 3, 2, 1, 0, 0, 1, 2, 3]), 4)
+    shape, share = replace(LAYER, q_heads=4, kv_heads=4), 3 * 2 * 4 * 4
+    slowest = int(pairs_between(layout).sum(1).max())
+
+    def gather_s(inside_s: float, across_s: float, latency_s: float = 0.0) -> float:
+        constants = replace(FREE, attention_flops_per_s=16.0, bytes_per_s=2 * share / inside_s, latency_s=latency_s)
+        constants = replace(constants, across=Link(share / across_s, 0.0))
+        return predict(BatchLayout((layout,)), shape, constants, nodes=2)["gather"]
+
+    assert gather_s(1, 2) == 2 + max(1, 2) + 4 * slowest
+    assert gather_s(3, 2) == 2 + max(3, 2) + 4 * slowest
+    assert gather_s(3, 1000) == 4 * 1000 + 2 * slowest, "the last two stages have nothing left to hide"
+    assert gather_s(1000, 2) == 2 + 4 * 1000 + slowest
+    assert gather_s(3, 2, latency_s=5) == gather_s(3, 2) + 2 * 5, "two messages, the own share and a passed-on one"
+
+
+def test_links_of_nodes_with_one_rank_and_of_one_node():
+    fast, slow = replace(H100, across=None), replace(H100, bytes_per_s=5e9, latency_s=1e-5)
+    apart = replace(fast, across=slow.inside)
+    layout = prompt(20_000, 4)
+    assert predict(layout, QWEN, apart, nodes=4) == predict(layout, QWEN, slow), "one rank on each: all is across"
+    assert predict(layout, QWEN, apart) == predict(layout, QWEN, fast), "one node: nothing is"
+    between = predict(layout, QWEN, apart, nodes=2)
+    for schedule, seconds in predict(layout, QWEN, slow).items():
+        assert predict(layout, QWEN, fast)[schedule] <= between[schedule] < seconds
+    with pytest.raises(ConfigError, match="constants of one node for 2"):
+        predict(layout, QWEN, H100, nodes=2)
+
+
 @pytest.mark.parametrize("schedule", ["ring", "gather"])
 def test_attention_grows_with_the_square_of_the_length_and_shrinks_with_the_ranks(schedule):
     constants = replace(FREE, attention_flops_per_s=1e12)
@@ -147,13 +195,33 @@ def test_calibration_agrees_on_one_set_of_constants_within_a_second():
     found = run_ranks(lambda transport: calibrate(transport, replace(QWEN, dtype=torch.float32)), 2)
     assert time.monotonic() - began < 10, "far beyond a second even on a busy machine"
     assert found[0] == found[1]
-    assert all(0 < value < math.inf for value in vars(found[0]).values())
+    assert found[0].across is None
+    assert all(0 < value < math.inf for name, value in vars(found[0]).items() if name != "across")
     assert predict(prompt(4000, 2), QWEN, found[0])["ring"] > 0
 
 
 def test_calibration_of_one_rank_finds_no_link():
     (found,) = run_ranks(lambda transport: calibrate(transport, LAYER), 1)
     assert (found.bytes_per_s, found.latency_s) == (math.inf, 0.0) and found.attention_flops_per_s > 0
+
+
+def test_calibration_measures_the_links_between_nodes_apart():
+    def slow_across(transport):
+        post = transport.post
+
+        def delayed(send, receive, stage):
+            settle, crosses = post(send, receive, stage), any(abs(transport.rank - peer) > 1 for peer in send)
+            return lambda host: (time.sleep(0.05 if crosses and len(send) == 1 else 0), settle(host))
+
+        transport.post = delayed
+        return calibrate(transport, LAYER)
+
+    found = run_ranks(slow_across, 4, nodes=2)
+    assert all(constants == found[0] for constants in found)
+    assert found[0].across.latency_s > 0.05 > found[0].latency_s
+    assert predict(prompt(4000, 4), LAYER, found[0], nodes=2)["gather"] > 0
+    (apart, _) = run_ranks(lambda transport: calibrate(transport, LAYER), 2, nodes=2)
+    assert (apart.bytes_per_s, apart.latency_s) == (math.inf, 0.0) and 0 < apart.across.bytes_per_s < math.inf
 
 
 def test_calibration_does_not_wait_longer_than_the_deadline():

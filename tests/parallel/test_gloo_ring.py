@@ -1,4 +1,4 @@
-"""Both schedules between real processes over gloo: 2 and 3 ranks, and ranks that hang or die."""
+"""Both schedules between real processes over gloo: 2, 3 and 2 x 2 ranks, and ranks that hang or die."""
 
 import os
 import time
@@ -11,11 +11,12 @@ import torch.distributed as dist
 from sglang_mm.errors import ConfigError, RankMismatch, RingBroken
 from sglang_mm.parallel.calibration import calibrate
 from sglang_mm.parallel.cost import ModelShape
-from sglang_mm.parallel.distributed import DistributedTransport
+from sglang_mm.parallel.distributed import DistributedTransport, second_group
 from tests.parallel.processes import run_processes
 from tests.parallel.prompts import SCHEDULES, assert_ring_equals_dense, batch, make_prompts
 
-RINGS = {"whole world": (0, 1, 2), "two ranks, turned around": (2, 0)}
+PROCESSES = 4
+RINGS = {"three of them": (0, 1, 2), "two ranks, turned around": (2, 0)}
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 FAULT_DEADLINE_S = 2.0
 
@@ -47,7 +48,26 @@ def healthy(world_rank: int) -> dict:
             report[name]["constants"] = astuple(calibrate(transport, ModelShape(1, 4, 2, 16, torch.float32)))
     with pytest.raises(ConfigError, match="the group's ranks"):
         DistributedTransport(dist.group.WORLD, [0, 1], "cpu", deadline_s=1)
+    return report | {"two nodes": two_nodes(), "second group": over_second_groups(world_rank)}
+
+
+def two_nodes() -> dict:
+    """All processes, as if two and two shared a node."""
+    transport = DistributedTransport(dist.group.WORLD, range(PROCESSES), "cpu", deadline_s=30, nodes=2)
+    prompts = prompts_of(PROCESSES, "fp64")
+    report = {schedule: attend(prompts, transport).numpy() for schedule, attend in SCHEDULES.items()}
+    report["bytes_across"] = transport.meter.take()["kv"].bytes_across
+    report["constants"] = calibrate(transport, ModelShape(1, 4, 2, 16, torch.float32))
     return report
+
+
+def over_second_groups(world_rank: int) -> list[float]:
+    """Two rings side by side make a group more each, and add up numbers over it."""
+    rings = [[0, 2], [3, 1]]
+    groups = [dist.new_group(sorted(members)) for members in rings]
+    (mine,) = [place for place, members in enumerate(rings) if world_rank in members]
+    transport = DistributedTransport(second_group(groups[mine], rings[mine]), rings[mine], "cpu", deadline_s=30)
+    return transport.sum_(torch.tensor([2.0**world_rank])).tolist()
 
 
 def checks(transport) -> dict:
@@ -70,7 +90,7 @@ def checks(transport) -> dict:
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    return run_processes(healthy, 3, str(tmp_path_factory.mktemp("gloo") / "store"))
+    return run_processes(healthy, PROCESSES, str(tmp_path_factory.mktemp("gloo") / "store"))
 
 
 @pytest.fixture(params=RINGS)
@@ -109,7 +129,30 @@ def test_a_mismatch_is_raised_on_every_rank_and_names_world_ranks(ring):
 
 def test_calibration_agrees_on_one_set_of_constants(ring):
     constants = {report["constants"] for report in ring[1]}
-    assert len(constants) == 1 and all(0 < value < float("inf") for value in constants.pop())
+    assert len(constants) == 1
+    *measured, across = constants.pop()
+    assert across is None and all(0 < value < float("inf") for value in measured)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedule_on_two_nodes_equals_dense(schedule, reports):
+    outputs = [torch.from_numpy(report["two nodes"][schedule]) for report in reports]
+    assert_ring_equals_dense(prompts_of(PROCESSES, "fp64"), outputs)
+
+
+def test_rows_cross_once_to_the_other_node(reports):
+    """2 ranks on each: a rank's own rows to its counterpart, under either schedule. 1 head of 20 in fp64."""
+    rows = [prompts_of(PROCESSES, "fp64").layout.rows(rank) for rank in range(PROCESSES)]
+    assert [report["two nodes"]["bytes_across"] for report in reports] == [2 * own * 2 * 20 * 8 for own in rows]
+
+
+def test_calibration_finds_one_set_of_constants_for_both_links(reports):
+    first, *others = [report["two nodes"]["constants"] for report in reports]
+    assert all(other == first for other in others) and 0 < first.across.bytes_per_s < float("inf")
+
+
+def test_rings_make_second_groups_side_by_side(reports):
+    assert [report["second group"] for report in reports] == [[5.0], [10.0], [5.0], [10.0]]
 
 
 def hang() -> None:

@@ -31,6 +31,15 @@ def test_threads_that_share_a_gpu_equal_dense(schedule, ranks, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("ranks, nodes", [(4, 2), (6, 2), (6, 3)])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_threads_on_several_nodes_equal_dense(schedule, ranks, nodes):
+    prompts = make_prompts(batch(ranks), ranks, torch.float32, device="cuda", heads=(6, 3, 20))
+    outputs = run_ranks(lambda transport: SCHEDULES[schedule](prompts, transport), ranks, device="cuda", nodes=nodes)
+    assert_ring_equals_dense(prompts, outputs)
+
+
+@pytest.mark.gpu
 def test_checks_between_threads_on_a_gpu():
     def checks(transport):
         with pytest.raises(RankMismatch, match="rank 1: 0x0000000000000001"):
@@ -83,6 +92,25 @@ def test_nccl_ranks_equal_dense(tmp_path):
             found = [torch.from_numpy(report["outputs"][schedule, str(dtype)]) for report in reports]
             prompts = make_prompts(batch(ranks), ranks, dtype, device="cuda")
             assert_ring_equals_dense(prompts, [out.to("cuda", dtype) for out in found])
+
+
+def nccl_two_nodes(rank: int) -> dict:
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    transport = DistributedTransport(dist.group.WORLD, range(4), device, deadline_s=30, nodes=2)
+    prompts = make_prompts(batch(4), 4, torch.float32, device=device, heads=(6, 3, 20))
+    outputs = {name: attend(prompts, transport).cpu().numpy() for name, attend in SCHEDULES.items()}
+    transport.close()
+    return outputs
+
+
+@pytest.mark.gpu(4)
+def test_nccl_ranks_with_a_group_for_other_nodes_equal_dense(tmp_path):
+    """Four GPUs that are said to lie on two nodes."""
+    reports = run_processes(nccl_two_nodes, 4, str(tmp_path / "store"), backend="nccl")
+    prompts = make_prompts(batch(4), 4, torch.float32, device="cuda", heads=(6, 3, 20))
+    for schedule in SCHEDULES:
+        assert_ring_equals_dense(prompts, [torch.from_numpy(report[schedule]).to("cuda") for report in reports])
 
 
 def nccl_host_runs_ahead(rank: int) -> tuple[float, float]:

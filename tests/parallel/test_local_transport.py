@@ -138,6 +138,24 @@ def test_a_late_rank_breaks_the_ring_within_the_deadline():
     assert caught.value.waited_s >= 0.5 and time.monotonic() - began < 0.5 + 1 + 0.5
 
 
+def test_several_late_ranks_share_one_deadline_and_are_all_named():
+    release = threading.Event()
+
+    def hang(transport):
+        if transport.rank in (1, 3):
+            release.wait(20)
+            return
+        with pytest.raises(RingBroken) as caught:
+            transport.all_to_all([torch.ones(1)] * 4, [1] * 4, "sum")
+        release.set()
+        return caught.value
+
+    first, _, third, _ = run_ranks(hang, 4, deadline_s=0.5)
+    for error in (first, third):
+        assert (error.rank, error.silent, error.stage) == (1, (1, 3), "sum")
+        assert 0.5 <= error.waited_s < 0.99, "one after the other would take 1 s"
+
+
 def test_a_thread_that_never_waits_for_others_cannot_hang_the_caller():
     release = threading.Event()
     with pytest.raises(RingBroken, match="rank 0 did not answer during run_ranks"):

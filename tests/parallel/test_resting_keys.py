@@ -83,6 +83,14 @@ def test_equals_dense(attend, schedule, ranks):
 
 
 @pytest.mark.parametrize("schedule", ["ring", "gather"])
+@pytest.mark.parametrize("attend", [keys_travel, queries_travel])
+def test_equals_dense_on_two_nodes(attend, schedule):
+    prompts = prompts_of(4)
+    outputs = run_ranks(lambda transport: attend(schedule, prompts, transport, 32), 4, nodes=2)
+    assert max(error for error, _ in ring_errors(prompts, outputs)) < 1e-12
+
+
+@pytest.mark.parametrize("schedule", ["ring", "gather"])
 def test_control_a_rank_that_forgets_its_keys_is_noticed(schedule):
     prompts = prompts_of(3)
     outputs = run_ranks(

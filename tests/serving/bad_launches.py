@@ -29,7 +29,7 @@ FLAGS = [
 OURS = [
     ["--cp", "0"], ["--tp", "-1"], ["--cp-min-tokens", "0"], ["--deadline", "0"],
     ["--allow-local-media", "/no/such/directory"], ["--sparse", "/no/such/plan.json"], ["--sparse-min-tokens", "0"],
-    ["--keep-selections", "/no/such/directory"],
+    ["--keep-selections", "/no/such/directory"], ["--nodes", "2"], ["--nodes-deadline", "0"],
 ]  # fmt: skip
 
 

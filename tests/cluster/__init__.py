@@ -1,0 +1,1 @@
+"""Several nodes, simulated on this machine: real Ray daemons on loopback."""

@@ -1,0 +1,62 @@
+"""Ranks of a running server that Ray loses: a killed actor, and a node whose power is cut."""
+
+import os
+import signal
+import time
+
+import pytest
+import requests
+
+from tests.faults.report import Row, record
+from tests.faults.served import DEADLINE_S, LATE_S, Client, Served, served
+
+pytestmark = pytest.mark.slow
+LONG = "long enough to be sharded " * 20
+WHERE = "Ray, 2 nodes, C = 2"
+
+
+@pytest.fixture
+def server(cluster, checkpoint, tmp_path, monkeypatch):
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    with served(tmp_path) as one:
+        one.start(checkpoint, "--nodes", "2", "--ray-address", cluster.address)
+        one.wait_until_ready()
+        yield one
+
+
+def ranks_of(server: Served) -> list[dict]:
+    return requests.get(f"{server.url}/sglang_mm/status", timeout=10).json()["ranks"]
+
+
+def killed_actor(cluster, ranks: list[dict]) -> None:
+    os.kill(ranks[1]["pid"], signal.SIGKILL)
+
+
+def lost_node(cluster, ranks: list[dict]) -> None:
+    cluster.nodes.lose_node(ranks[1]["node"])
+
+
+@pytest.mark.parametrize("fault", [killed_actor, lost_node])
+def test_a_rank_that_ray_loses(server, cluster, fault):
+    ranks = ranks_of(server)
+    first, second = (rank["node"] for rank in ranks)
+    assert first != second and first.startswith("local-") and second.startswith("local-")
+    streaming = Client(server.ask, "a stream", tokens=4000, stream=True)
+    assert streaming.begun.wait(30), "the stream did not begin"
+    struck = time.time()
+    fault(cluster, ranks)
+    plain = Client(server.ask, LONG)
+    told = streaming.message()
+    assert "rank 1" in told and second in told
+    assert plain.message() and plain.status >= 500
+    exit_code = server.process.wait(LATE_S)
+    ended_s = time.time() - struck
+    assert exit_code == 3 and ended_s < DEADLINE_S + 5
+    assert not any(server.left_over().values()), server.left_over()
+    seconds = {"first_s": streaming.ended_at - struck, "all_s": ended_s}
+    name = fault.__name__.replace("_", " ")
+    seen = {"by": "Ray, and the ring", "seen": f"stream: {told}", "afterwards": "exit code 3; nothing left over"}
+    record(Row(WHERE, name, "decode", "auto", **seconds, **seen))
+    if fault is lost_node:
+        cluster.nodes.add_node()
