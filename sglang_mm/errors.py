@@ -45,3 +45,23 @@ class RingBroken(SglangMMError, RuntimeError):
 
     def __reduce__(self):
         return type(self), (self.rank, self.stage, self.waited_s, self.cause, self.layer, self.silent)
+
+
+class RankFailed(SglangMMError, RuntimeError):
+    """A rank has failed or is lost, and the others have ended with it; of a server and its Engine.
+
+    verdict: rank, node, layer, stage and reason (events.messages.Verdict), or None where nobody knows; then `reason` is
+    SGLang's. exit_code: that of a server which ends so.
+    """
+
+    exit_code = 3
+
+    def __init__(self, verdict=None, reason: str = ""):
+        told = str(verdict) if verdict else reason or "SGLang gave up, see the log"
+        super().__init__(
+            f"{told.rstrip('.')}. All ranks have ended. Remedy: start again; docs/faults.md says what fails how"
+        )
+        self.verdict, self.reason = verdict, reason
+
+    def __reduce__(self):
+        return type(self), (self.verdict, self.reason)

@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("out", type=Path, metavar="OUT", help="where answers go; OUT.part and OUT.server.log lie beside it")
     add("--url", help="ask this running server instead of starting one")
-    add("--api-key", metavar="KEY", help=f"the server's; an own one gets it too (default: ${KEY_ENV}, for --url)")
+    add("--api-key", metavar="KEY", help=f"the server's; an own one gets it too (default: ${KEY_ENV})")
     add("--concurrency", type=int, default=4, metavar="N", help="items under way at a time (default %(default)s)")
     add("--retries", type=int, default=2, metavar="N", help="of an item that failed, but not of one that the server "
         "refused (default %(default)s)")  # fmt: skip

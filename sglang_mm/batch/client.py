@@ -26,7 +26,8 @@ class Failure:
 
 
 class Client:
-    """settle_s: least pause before another try; a server of our own may be about to end, which is noticed meanwhile."""
+    """settle_s: least pause after a failed try, also the last: a server of our own may be about to end, which is
+    noticed meanwhile, and is not the item's doing."""
 
     def __init__(self, session, asked: Asked, url: str, *, inline: bool, settle_s: float = 0.0):
         self._session, self._asked, self._url = session, asked, url
@@ -39,8 +40,8 @@ class Client:
             told = await self._once(item, fingerprint, number)
             if isinstance(told, dict):
                 return told
-            if number <= self._asked.retries:
-                await asyncio.sleep(max(self._settle_s, min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (number - 1))))
+            pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (number - 1)) if number <= self._asked.retries else 0
+            await asyncio.sleep(max(self._settle_s, pause_s))
         if told.unreachable:
             raise ServerLost(f"{self._url} {told.message}")
         return records.failed(item, fingerprint, told.code, told.message)

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from sglang_mm.batch.args import Asked, value_of
+from sglang_mm.batch.args import KEY_ENV, Asked, value_of
 from sglang_mm.errors import SglangMMError
 
 READY = b"sglang_mm is ready at"
@@ -69,7 +69,12 @@ class OwnServer:
         self._begin = self.log.stat().st_size
         with self.log.open("ab") as out:
             self._process = await asyncio.create_subprocess_exec(
-                *command, stdin=asyncio.subprocess.PIPE, stdout=out, stderr=out, start_new_session=True
+                *command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                env=os.environ | ({KEY_ENV: self._asked.api_key} if self._asked.api_key else {}),
             )
         end = time.monotonic() + self._asked.start_timeout
         while READY not in self._said():
@@ -86,7 +91,6 @@ class OwnServer:
         port = value_of(flags, "--port") or str(_free_port())
         flags += [] if value_of(flags, "--host") else ["--host", host]
         flags += [] if value_of(flags, "--port") else ["--port", port]
-        flags += ["--api-key", self._asked.api_key] if self._asked.api_key else []
         host = ANYWHERE.get(host, host)
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         return [sys.executable, "-m", "sglang_mm.launch", *flags]

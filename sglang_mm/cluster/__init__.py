@@ -8,6 +8,6 @@ The only room, with `launch`, that imports ray. It knows no models, no SGLang an
 from sglang_mm.cluster.connection import Cluster, connected
 from sglang_mm.cluster.facts import check_nodes
 from sglang_mm.cluster.placement import Placement, place
-from sglang_mm.cluster.watching import end_actors, watch
+from sglang_mm.cluster.watching import end_actors, reason_of, watch
 
-__all__ = ["Cluster", "Placement", "check_nodes", "connected", "end_actors", "place", "watch"]
+__all__ = ["Cluster", "Placement", "check_nodes", "connected", "end_actors", "place", "reason_of", "watch"]

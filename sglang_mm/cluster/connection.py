@@ -2,11 +2,11 @@
 
 import logging
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from sglang_mm.cluster.local import simulated
@@ -41,6 +41,9 @@ def connected(address: str, nodes: int, ranks_per_node: int, *, may_simulate: bo
     A program that has called ray.init keeps its connection, of whatever address. may_simulate: False where ranks need
     GPUs. Raises ConfigError for an address where no Ray answers, or a cluster that cannot be simulated.
     """
+    if find_spec("ray") is None:
+        given = f"--nodes {nodes}{f' --ray-address {address}' if address else ''} without Ray"
+        raise ConfigError(given, "Ray installed", "pip install 'sglang_mm[serve,ray]'")
     with ExitStack() as until_the_end:
         found = _resolve(address)
         if found is None:
@@ -81,7 +84,8 @@ def _has_started_ray() -> bool:
 
 def _running_here() -> str | None:
     """Where the newest cluster of this machine answers; what is left of one that ended counts as none."""
-    noted = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")  # by `ray start`, and read by it
+    temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    noted = Path(temporary, "ray", "ray_current_cluster")  # by `ray start`, and read by it
     try:
         return _answering(noted.read_text().strip(), "auto")
     except (OSError, ConfigError):
@@ -92,10 +96,15 @@ def _answering(address: str, given: str) -> str:
     host, colon, port = address.rpartition(":")
     if not (host and colon and port.isdigit()):
         raise ConfigError(given, ALLOWED, "pass the address of the head")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), REACH_DEADLINE_S).close()
-    except OSError as error:
-        raise ConfigError(f"{given}, where nothing answers ({error})", ALLOWED, "check that the head runs") from None
+    import grpc
+
+    channel = grpc.insecure_channel(address)
+    try:  # ray.init would try for minutes
+        grpc.channel_ready_future(channel).result(REACH_DEADLINE_S)
+    except grpc.FutureTimeoutError:
+        raise ConfigError(f"{given}, where no Ray answers", ALLOWED, "check that the head runs") from None
+    finally:
+        channel.close()
     return address
 
 
@@ -107,7 +116,12 @@ def _join(address: str, is_simulated: bool, until_the_end: ExitStack) -> Cluster
     else:
         hook = {"worker_process_setup_hook": HOOK}
         # what ranks print comes here as it does on one machine
-        ray.init(address=address, runtime_env=hook, log_to_driver=True, logging_level=logging.WARNING)
+        try:
+            ray.init(address=address, runtime_env=hook, log_to_driver=True, logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError, ValueError) as error:  # also a hook that a job brings along
+            given = f"{address}, which Ray cannot join ({' '.join(str(error).split())})"
+            remedy = "leave worker_process_setup_hook out of the job's runtime_env, and see Ray's logs"
+            raise ConfigError(given, ALLOWED, remedy) from None
         until_the_end.callback(ray.shutdown)
     return Cluster(address, is_simulated, ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id())
 

@@ -14,9 +14,10 @@ from sglang_mm.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
 STORE_BYTES = 80 << 20  # Ray's object store holds nothing of ours: the least that Ray takes
-TMPDIR = "RAY_TMPDIR"
-# Ray reads them when it is imported. The first one keeps it, on every system, to loopback
-ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+# Ray reads its own when it is imported: the first keeps it to loopback. The last does that for ranks
+SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+ENVIRONMENT = {SWITCH: "0", "RAY_USAGE_STATS_ENABLED": "0", "GLOO_SOCKET_IFNAME": "lo"}
+_stays = False  # once it is known, whatever the environment becomes: Ray has read it
 
 
 @contextmanager
@@ -46,9 +47,8 @@ class LocalCluster:
 
         self._ranks, self._dashboard_port = ranks_per_node, dashboard_port
         self._directory = tempfile.mkdtemp(prefix="mm-ray-")  # short: paths of sockets below it may have 107 characters
-        self._tmpdir_before = os.environ.get(TMPDIR)
-        os.environ[TMPDIR] = self._directory  # else Ray would note this cluster where others look for theirs
-        self._cluster = Cluster()
+        with self._environment():
+            self._cluster = Cluster()
         self._nodes: list = []
 
     @property
@@ -61,32 +61,44 @@ class LocalCluster:
         of_head: dict = {"no_monitor": True, "include_dashboard": self._dashboard_port is not None}
         if self._dashboard_port:
             of_head |= {"dashboard_host": LOOPBACK, "dashboard_port": self._dashboard_port}
-        node = self._cluster.add_node(
-            num_cpus=1, num_gpus=self._ranks, node_name=name, node_ip_address=LOOPBACK,
-            object_store_memory=STORE_BYTES, **({} if self._nodes else of_head),
-        )  # fmt: skip
+        with self._environment():
+            node = self._cluster.add_node(
+                num_cpus=1, num_gpus=self._ranks, node_name=name, node_ip_address=LOOPBACK,
+                object_store_memory=STORE_BYTES, **({} if self._nodes else of_head),
+            )  # fmt: skip
         self._nodes.append(node)
         return name
 
     def lose_node(self, name: str) -> None:
-        """End it as a power cut would: SIGKILL to all its processes."""
+        """SIGKILL to all its processes. (A power cut would not even close connections.)"""
         self._cluster.remove_node(self._nodes[int(name.removeprefix("local-"))], allow_graceful=False)
 
     def close(self) -> None:
         """Drivers that are connected end with it."""
         self._cluster.shutdown()
-        os.environ.pop(TMPDIR, None)
-        if self._tmpdir_before is not None:
-            os.environ[TMPDIR] = self._tmpdir_before
         shutil.rmtree(self._directory, ignore_errors=True)
+
+    @contextmanager
+    def _environment(self) -> Iterator[None]:
+        """Of the daemons: RAY_TMPDIR too, or Ray would note this cluster where others look for theirs."""
+        before = dict(os.environ)
+        os.environ.update(ENVIRONMENT | {"RAY_TMPDIR": self._directory})
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def stay_on_loopback() -> None:
-    """Put ENVIRONMENT into this process's environment. Raises ConfigError when ray was imported without it."""
-    if "ray" in sys.modules and os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") != "0":
+    """Import ray so that it does. Raises ConfigError when it was imported otherwise."""
+    global _stays
+    _stays = _stays or os.environ.get(SWITCH) == "0" or "ray" not in sys.modules
+    if not _stays:
         raise ConfigError(
             "simulated nodes after `import ray`, with which Ray listens on every interface of this machine",
-            "a Ray cluster that runs already, or Ray imported with RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0",
+            f"a Ray cluster that runs already, or Ray imported with {SWITCH}=0",
             "set that variable before Python starts, or start a cluster (`ray start --head`) and pass --ray-address",
         )
-    os.environ.update(ENVIRONMENT)
+    os.environ.setdefault(SWITCH, "0")
+    import ray  # noqa: F401

@@ -15,6 +15,7 @@ from sglang_mm.errors import ConfigError
 
 TELL_EVERY_S = 10.0
 LOOK_EVERY_S = 1.0
+PIN_S = 10.0
 NODE_ID = "ray.io/node-id"
 NEAR = ("ray.io/region", "ray.io/availability-zone")  # labels, where set: nodes that share them are put side by side
 
@@ -58,26 +59,24 @@ def place(
     asked, until = Asked(cluster, nodes, ranks_per_node, deadline_s), time.monotonic() + deadline_s
     asked.check_here()
     here = {NODE_ID: cluster.node_id}
-    claim = placement_group(
-        [{"GPU": ranks_per_node}] * nodes,
-        strategy="STRICT_SPREAD",
-        bundle_label_selector=[here] + [{}] * (nodes - 1),
-    )
-    try:
-        asked.wait_for(claim, until, say)
-        bundles = placement_group_table(claim)["bundles_to_node_id"]
-    finally:
-        remove_placement_group(claim)
-    found = in_ring_order([bundles[bundle] for bundle in range(nodes)])
-    places = tuple(node for node in found for _ in range(ranks_per_node))
-    pins = [{NODE_ID: node.node_id} for node in places]
-    group = placement_group([{"GPU": 1}] * len(places), strategy="PACK", bundle_label_selector=pins)
-    try:
-        asked.wait_for(group, until, say)
-    except BaseException:
-        remove_placement_group(group)
-        raise
-    return Placement(group, places)
+    while True:
+        claim = placement_group(
+            [{"GPU": ranks_per_node}] * nodes,
+            strategy="STRICT_SPREAD",
+            bundle_label_selector=[here] + [{}] * (nodes - 1),
+        )
+        try:
+            asked.wait_for(claim, until, say)  # or raises, which ends this loop
+            bundles = placement_group_table(claim)["bundles_to_node_id"]
+        finally:
+            remove_placement_group(claim)
+        found = in_ring_order([bundles[bundle] for bundle in range(nodes)])
+        places = tuple(node for node in found for _ in range(ranks_per_node))
+        pins = [{NODE_ID: node.node_id} for node in places]
+        group = placement_group([{"GPU": 1}] * len(places), strategy="PACK", bundle_label_selector=pins)
+        if group.wait(PIN_S):
+            return Placement(group, places)
+        remove_placement_group(group)  # somebody was faster: other nodes may have room
 
 
 def in_ring_order(node_ids: list[str]) -> list[Node]:

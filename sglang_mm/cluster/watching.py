@@ -53,7 +53,12 @@ def _reason(ray, reference) -> str:
     try:
         ray.get(reference, timeout=LOOK_EVERY_S)
     except Exception as error:
-        words = " ".join(str(error).split())
-        _, because, reason = words.partition("is dead because ")
-        return (reason if because else words)[:REASON_LENGTH].rstrip(".")
+        return reason_of(error)
     return "its event loop ended"
+
+
+def reason_of(error: Exception) -> str:
+    """Ray's words about an actor's end, in one line, without its ids."""
+    words = " ".join(str(error).split())
+    _, because, reason = words.partition("is dead because ")
+    return (reason if because else words)[:REASON_LENGTH].rstrip(".")

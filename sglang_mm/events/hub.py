@@ -4,6 +4,7 @@ The process that starts the ranks owns the hub and puts its addresses into their
 live, and finds the cause of their faults.
 """
 
+import logging
 import queue
 import threading
 import time
@@ -41,6 +42,8 @@ from sglang_mm.events.wire import (
     QUEUED,
     bind,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class EventHub:
@@ -136,28 +139,35 @@ class EventHub:
 
     def _run(self) -> None:
         """The sockets belong to this thread from here on."""
-        control, poller = self._control, zmq.Poller()
-        for socket in (self._pull, self._publish, control.socket):
+        poller = zmq.Poller()
+        for socket in (self._pull, self._publish, self._control.socket):
             poller.register(socket, zmq.POLLIN)
         alive_at = 0.0
         try:
             while not self._closing.is_set():
-                ready = dict(poller.poll(10 if control.inquiry.is_open else 50))
-                if self._publish in ready:
-                    self._greet(self._publish.recv())
-                for _ in range(QUEUED if self._pull in ready else 0):
-                    if not self._forward():
-                        break
-                if control.socket in ready:
-                    self.malformed += control.receive()
-                for _ in range(self._orders.qsize()):
-                    self._orders.get()()
-                control.turn()
+                try:
+                    self._turn(poller)
+                except Exception:  # without this thread ranks would seem silent, and a server be ended for it
+                    logger.exception("a message was lost")
                 if time.monotonic() - alive_at > ALIVE_EVERY_S:
                     alive_at = time.monotonic()
                     self._send(LIVE, self._alive())
         finally:
             self._context.destroy(linger=0)
+
+    def _turn(self, poller: zmq.Poller) -> None:
+        control = self._control
+        ready = dict(poller.poll(10 if control.inquiry.is_open else 50))
+        if self._publish in ready:
+            self._greet(self._publish.recv())
+        for _ in range(QUEUED if self._pull in ready else 0):
+            if not self._forward():
+                break
+        if control.socket in ready:
+            self.malformed += control.receive()
+        for _ in range(self._orders.qsize()):
+            self._orders.get()()
+        control.turn()
 
     def _forward(self) -> bool:
         """One message on to the subscribers; False when there is none."""

@@ -33,6 +33,7 @@ class Engine(stock.Engine):
     """
 
     init_tokenizer_manager_func = staticmethod(worker.init_tokenizer_manager)
+    run_detokenizer_process_func = staticmethod(worker.run_detokenizer_process)
     run_scheduler_process_func = staticmethod(worker.run_scheduler_process)
 
     def __init__(
@@ -71,16 +72,8 @@ class Engine(stock.Engine):
             media_access.allow(self.mm_config.allow_local_media or (media_access.ANYWHERE,))
             must, may = server_settings(self.mm_config, on_cpu=on_cpu)
             self.mm_until_shutdown = ExitStack()
-            until_shutdown, where = self.mm_until_shutdown.enter_context, (self.mm_config, asked.model_path)
-            self.mm_nodes = until_shutdown(nodes_for(*where, on_cpu=on_cpu, say=logger.warning))
-            host = self.mm_nodes.cluster.host if self.mm_nodes else LOOPBACK
-            self.mm_hub = until_shutdown(EventHub(host=host))
-            self.mm_pixels = until_shutdown(storing.open_store(self.mm_config, host))
-            watched = self.mm_hub, self.mm_config.deadline_s, self.mm_config.world_size
-            self.mm_watch = until_shutdown(Supervisor(*watched))
-            os.environ.update(self.mm_hub.environment | self.mm_pixels.environment)
-            requests.show(self.mm_hub)
             try:
+                self._open(asked, on_cpu)
                 if self.mm_nodes:
                     self._become_ray_engine()
                 with supervised.explained(self.mm_watch):
@@ -89,6 +82,17 @@ class Engine(stock.Engine):
             except BaseException:
                 self.mm_until_shutdown.close()
                 raise
+
+    def _open(self, asked, on_cpu: bool) -> None:
+        """What this process holds beside SGLang's engine, until the shutdown. asked: SGLang's ServerArgs."""
+        until_shutdown, config = self.mm_until_shutdown.enter_context, self.mm_config
+        self.mm_nodes = until_shutdown(nodes_for(config, asked.model_path, on_cpu=on_cpu, say=logger.warning))
+        host = self.mm_nodes.cluster.host if self.mm_nodes else LOOPBACK
+        self.mm_hub = until_shutdown(EventHub(host=host))
+        self.mm_pixels = until_shutdown(storing.open_store(config, host))
+        self.mm_watch = until_shutdown(Supervisor(self.mm_hub, config.deadline_s, config.world_size))
+        os.environ.update(self.mm_hub.environment | self.mm_pixels.environment)
+        requests.show(self.mm_hub)
 
     def _become_ray_engine(self) -> None:
         """SGLang's RayEngine too. Not earlier: what imports ray settles on which interfaces it listens."""

@@ -12,28 +12,10 @@ from contextlib import contextmanager
 from functools import wraps
 from inspect import isawaitable
 
-from sglang_mm.errors import SglangMMError
-from sglang_mm.events.messages import Verdict
+from sglang_mm.errors import RankFailed
 
 UNDER_WAY, REFUSED = 500, 503  # status of requests that a failure cut short, and of later ones
-EXIT_CODE = 3  # of a server that ended because a rank failed
 POLL_S = 0.02
-
-
-class RankFailed(SglangMMError, RuntimeError):
-    """A rank has failed or is lost, and the others have ended with it. verdict: who, where and why; None: not known."""
-
-    exit_code = EXIT_CODE
-
-    def __init__(self, verdict: Verdict | None, reason: str = ""):
-        told = str(verdict) if verdict else reason or "SGLang gave up, see the log"
-        super().__init__(
-            f"{told.rstrip('.')}. All ranks have ended. Remedy: start again; docs/faults.md says what fails how"
-        )
-        self.verdict, self.reason = verdict, reason
-
-    def __reduce__(self):
-        return type(self), (self.verdict, self.reason)
 
 
 class UnderWay:

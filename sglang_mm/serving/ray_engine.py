@@ -20,8 +20,8 @@ class NodesEngine(RayEngine):
     @classmethod
     def _launch_scheduler_processes(cls, server_args, port_args, run_scheduler_process_func, *, placement_group=None):
         launch = super()._launch_scheduler_processes
-        result, none = launch_actors(launch, cls.on, server_args, port_args, run_scheduler_process_func)
         guard = supervisor.current()
+        result, none = launch_actors(launch, cls.on, guard.lost, server_args, port_args, run_scheduler_process_func)
         guard.ends_ranks_by(lambda: end(result.scheduler_actors, cls.on))
         watch_actors(result, cls.on, guard.lost)
         return result, none
@@ -41,7 +41,6 @@ def end(actors, on: Nodes) -> None:
 
 def launch_server(server_args, on: Nodes, *, launch_callback: Callable[[], None]) -> None:
     """SGLang's HTTP server in this process, its ranks on the nodes. Returns, or raises, when it ends."""
-    from sglang.srt.entrypoints.engine import run_detokenizer_process
     from sglang.srt.entrypoints.http_server import _execute_server_warmup, _setup_and_run_http_server
 
     NodesEngine.on = on
@@ -49,7 +48,7 @@ def launch_server(server_args, on: Nodes, *, launch_callback: Callable[[], None]
         server_args,
         init_tokenizer_manager_func=worker.init_tokenizer_manager,
         run_scheduler_process_func=worker.run_scheduler_process,
-        run_detokenizer_process_func=run_detokenizer_process,
+        run_detokenizer_process_func=worker.run_detokenizer_process,
     )
     try:
         _setup_and_run_http_server(

@@ -6,19 +6,21 @@ start, and where; afterwards it is checked that our plugin is live in each, and 
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from sglang_mm.cluster import Cluster, Placement, check_nodes, connected, place, watch
+from sglang_mm.cluster import Cluster, Placement, check_nodes, connected, place, reason_of, watch
 from sglang_mm.config import Config
 from sglang_mm.errors import SelfCheckError
 from sglang_mm.serving.ray_worker import KEEP_DEVICES, NODE
 
 logger = logging.getLogger(__name__)
-CHECK_DEADLINE_S = 120.0
-PASSED_ON = ("SGLANG", "NCCL_", "GLOO_", "TORCH", "TRITON_", "HF_", "HUGGINGFACE_", "OMP_", "CUDA_DEVICE_", "UCX_")
-SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+PASSED_ON = ("SGLANG", "NCCL_", "GLOO_", "TORCH", "PYTORCH_", "TRITON_", "FLASHINFER_", "HF_", "OMP_", "CUDA_", "UCX_")
+NOT_PASSED_ON = ("CUDA_VISIBLE_DEVICES",)  # of this node
+SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")  # last words of names
+BUNDLE = re.compile(r"_bundle(\d+)\b")  # in the name that RayEngine gives an actor: our bundles are numbered as ranks
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def nodes_for(config: Config, model_path: str, *, on_cpu: bool, say: Callable[[s
         )
         placement = place(cluster, config.nodes, each, config.nodes_deadline_s, say)
         until_the_end.callback(placement.release)
-        check_nodes(placement, model_path, CHECK_DEADLINE_S)
+        check_nodes(placement, model_path, config.nodes_deadline_s)
         yield Nodes(cluster, placement, until_the_end.close)
 
 
@@ -80,7 +82,7 @@ def environment_of_ranks() -> dict[str, str]:
     passed = {
         name: value
         for name, value in os.environ.items()
-        if name.startswith(PASSED_ON) and not any(word in name for word in SECRET)
+        if name.startswith(PASSED_ON) and name not in NOT_PASSED_ON and name.rpartition("_")[2] not in SECRET
     }
     return passed | {KEEP_DEVICES: "1"}
 
@@ -98,15 +100,20 @@ def actors_in_our_environment(placement: Placement) -> Iterator[None]:
         engine.SchedulerActor = stock
 
 
-def launch_actors(launch: Callable, nodes: Nodes, server_args, port_args, run_scheduler_process_func):
+def launch_actors(launch: Callable, nodes: Nodes, lost: Callable, server_args, port_args, run_scheduler_process_func):
     """RayEngine's _launch_scheduler_processes, and what it lacks: ranks that are surely ours, and where they should be.
 
-    Raises SelfCheckError.
+    lost(rank, reason): told of a rank that ends while it loads. Raises SelfCheckError.
     """
     with actors_in_our_environment(nodes.placement):
-        result, processes = launch(
-            server_args, port_args, run_scheduler_process_func, placement_group=nodes.placement.group
-        )
+        try:
+            result, processes = launch(
+                server_args, port_args, run_scheduler_process_func, placement_group=nodes.placement.group
+            )
+        except RuntimeError as error:
+            if died := BUNDLE.search(str(error)):
+                lost(int(died[1]), f"its Ray actor ended while it loaded: {reason_of(error)}")
+            raise
     without = [rank for rank, info in enumerate(result.scheduler_infos) if "sglang_mm" not in info]
     if without:
         raise SelfCheckError(f"sglang_mm is not live in ranks {without}. Install it in the Python of every node.")

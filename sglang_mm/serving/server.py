@@ -16,6 +16,8 @@ from sglang_mm.serving.ray_ranks import Nodes, nodes_for
 from sglang_mm.serving.settings import refuse, set_by_user, to_argv
 from sglang_mm.serving.sparse_method import with_known_plan
 
+API_KEY = "SGLANG_MM_API_KEY"
+
 
 def serve(
     config: Config,
@@ -37,6 +39,7 @@ def serve(
 
         from sglang_mm.serving import requests, sparse_request, storing, supervised
 
+        sglang_flags = with_api_key(sglang_flags)
         asked = prepare_server_args(sglang_flags)
         config = with_known_plan(config, asked.model_path)
         config.to_env()
@@ -50,6 +53,7 @@ def serve(
         media_access.allow(exposure.directories)
         sparse_request.serve(config)
         on_start(config, args.model_path, "cpu (reference platform)" if on_cpu else "gpu", exposure)
+        end_on_sigterm()  # until SGLang installs its own handler; Ray installs one when it is joined
         nodes = until_the_end.enter_context(nodes_for(config, args.model_path, on_cpu=on_cpu, say=say))
         host = nodes.cluster.host if nodes else LOOPBACK
         hub = until_the_end.enter_context(EventHub(host=host))
@@ -63,13 +67,25 @@ def serve(
         def announce() -> None:
             on_ready(config, http_server.get_global_state().scheduler_info, url)
 
-        # until SGLang installs its own handler, SIGTERM must reach the `finally` that ends the ranks
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        end_on_sigterm()
         try:
             _launch(args, nodes, announce, say)
         finally:
             watch.close()
             kill_process_tree(os.getpid(), include_parent=False)
+
+
+def end_on_sigterm() -> None:
+    """By what runs in `finally` and ends the ranks."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def with_api_key(sglang_flags: list[str]) -> list[str]:
+    """The environment's, where the command line has none: a command line can be seen by all users of a machine."""
+    key = os.environ.get(API_KEY)
+    if not key or any(flag.partition("=")[0] == "--api-key" for flag in sglang_flags):
+        return sglang_flags
+    return [*sglang_flags, "--api-key", key]
 
 
 def _launch(args, nodes: Nodes | None, announce: Callable[[], None], say: Callable[[str], None]) -> None:
@@ -83,6 +99,7 @@ def _launch(args, nodes: Nodes | None, announce: Callable[[], None], say: Callab
             args,
             init_tokenizer_manager_func=worker.init_tokenizer_manager,
             run_scheduler_process_func=worker.run_scheduler_process,
+            run_detokenizer_process_func=worker.run_detokenizer_process,
             launch_callback=announce,
         )
         return

@@ -15,9 +15,10 @@ from sglang.srt.environ import envs
 from sglang.srt.managers.tokenizer_manager import SignalHandler
 
 from sglang_mm.config import Config
+from sglang_mm.errors import RankFailed
 from sglang_mm.events import EventHub
-from sglang_mm.serving.last_words import EXIT_CODE, Answering, CallersLoop, RankFailed, raising
-from sglang_mm.serving.supervisor import PATIENCE_S, Supervisor, current, ending
+from sglang_mm.serving.last_words import Answering, CallersLoop, raising
+from sglang_mm.serving.supervisor import PATIENCE_S, Supervisor, current, ending, is_only_one
 
 DIED = re.compile(r"Rank (\d+) scheduler died .*exit code: (-?\d+)")  # what SGLang raises while ranks load
 
@@ -65,7 +66,8 @@ class Signals(SignalHandler):
             # without its stacks of all ranks, for which it sleeps five seconds while clients wait
             with envs.SGLANG_PYSPY_DUMP_BEFORE_CRASH.override(False):
                 self.tokenizer_manager.dump_requests_before_crash()
-        watch.gave_up("a process of SGLang failed, for the reason in the log")
+        if is_only_one():  # of several engines each finds out about its own ranks
+            watch.gave_up("a process of SGLang failed, for the reason in the log")
 
 
 @contextmanager
@@ -83,7 +85,7 @@ def served(config: Config, hub: EventHub, http_server, until_the_end: ExitStack)
                 watch.raise_if_lost()
         except RankFailed as failure:
             print(f"sglang_mm: {failure}", file=sys.stderr, flush=True)
-            sys.exit(EXIT_CODE)
+            sys.exit(failure.exit_code)
 
 
 @contextmanager

@@ -20,20 +20,22 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from sglang_mm.errors import RankFailed
 from sglang_mm.events import EventHub
 from sglang_mm.events.messages import Fault, Heartbeat, Verdict
-from sglang_mm.serving.last_words import EXIT_CODE, RankFailed, UnderWay
+from sglang_mm.serving.last_words import UnderWay
 
 logger = logging.getLogger(__name__)
 LOOK_EVERY_S = 0.25
 PATIENCE_S = 1.0  # for the hub's verdict, once something was told
 ANSWER_S = 1.5  # for answers on their way to clients
-END_S = 3.5  # from the verdict on, for everything that a server does before its process must be gone
+END_S = 3.0  # from the verdict on, for everything that a server does before its process must be gone
 LOADING_END_S = 15.0  # the same while ranks load: SGLang may be busy with something else
-CLEANUP_S = 1.0  # of a process that is about to be ended by force
+CLEANUP_S = 0.5  # of a process that is about to be ended by force
 KILL_S = 1.0  # until killed processes are reaped
 STILL_LOADING_S = 60.0  # a rank that loads may hold its interpreter for so long
 FIRST_BEAT_S = 300.0  # of a rank, after that of another
+FIRST_OF_ALL_S = 900.0  # of any rank, after the start
 LEAST_SILENCE_S, MORE_S = 3.0, 0.5  # other threads of a rank may hold its interpreter for some seconds
 SHARED_MEMORY = Path("/dev/shm")
 _current: list["Supervisor"] = []
@@ -80,8 +82,7 @@ class Supervisor:
 
     def gave_up(self, what: str) -> None:
         """SGLang would kill this process now. what: its reason, if nobody knows a better one."""
-        self._told = self._told or what
-        self._something.set()
+        self._told = self._told or what  # nothing more: signal handlers call this, which may take no lock
 
     def ends_ranks_by(self, end: Callable[[], None]) -> None:
         """More to be done than killing the processes of this machine; called once, from another thread."""
@@ -156,6 +157,8 @@ class Supervisor:
 
     def _look_for_missing(self) -> None:
         """One rank that never beat, long after the first did: it hangs while it starts."""
+        if not self._heard and not self.is_serving and self._awake_s > max(FIRST_OF_ALL_S, self.deadline_s):
+            self.gave_up(f"no rank was heard of for {self._awake_s:.0f} s")
         if not self._heard or len(self._heard) >= self.world_size:
             return
         first = min(at for _, at in self._heard.values()) if self._first_beat_at is None else self._first_beat_at
@@ -232,7 +235,7 @@ class Supervisor:
         cleanup.start()
         cleanup.join(CLEANUP_S)
         sys.stderr.flush()
-        os._exit(EXIT_CODE)
+        os._exit(RankFailed.exit_code)
 
 
 def _stands_still(beat: Heartbeat) -> Fault:
@@ -254,3 +257,8 @@ def ending(exit_code: int | None) -> str:
 def current() -> Supervisor | None:
     """The newest supervisor of this process that is not closed."""
     return _current[-1] if _current else None
+
+
+def is_only_one() -> bool:
+    """Whether one supervisor alone is not closed: more engines than one may live in a process."""
+    return len(_current) == 1

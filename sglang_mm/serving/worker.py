@@ -21,6 +21,14 @@ def run_scheduler_process(*args, **kwargs) -> None:
     run_stock(*args, **kwargs)
 
 
+def run_detokenizer_process(*args, **kwargs) -> None:
+    """SGLang's detokenizer, which Ctrl-C in a terminal reaches as well."""
+    from sglang.srt.managers.detokenizer_manager import run_detokenizer_process as run_stock
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    run_stock(*args, **kwargs)
+
+
 def init_tokenizer_manager(server_args, port_args, *args, **kwargs):
     """SGLang's tokenizer manager, in the process that starts the others. Raises SelfCheckError."""
     from sglang.srt.entrypoints.engine import init_tokenizer_manager as init_stock

@@ -70,7 +70,7 @@ def test_a_server_that_does_not_start(asked, flags, reason, tmp_path, monkeypatc
     from sglang_mm.batch import server
 
     monkeypatch.setattr(server, "READY", server.READY if reason.startswith("the") else b"never said")
-    code, _, told = asked(["a"], *MODEL, *flags, "--start-timeout", "3" if flags == ["--broken"] else "0.5")
+    code, _, told = asked(["a"], *MODEL, *flags, "--start-timeout", "30" if flags == ["--broken"] else "0.5")
     assert code == 1 and reason in told and "out.jsonl.server.log" in told
     assert all(not is_alive(process) for process in starts(tmp_path))
 

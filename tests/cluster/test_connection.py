@@ -43,9 +43,9 @@ def test_addresses_that_cannot_work(address, told):
 def test_where_nothing_answers(tmp_path):
     address = f"127.0.0.1:{free_port()}"
     told = in_a_process(CONNECT.format(address))
-    assert f"--ray-address {address}, where nothing answers" in told
+    assert f"--ray-address {address}, where no Ray answers" in told
     told = in_a_process(CONNECT.format("auto"), RAY_ADDRESS=address)
-    assert f"RAY_ADDRESS={address}, where nothing answers" in told
+    assert f"RAY_ADDRESS={address}, where no Ray answers" in told
     told = in_a_process(CONNECT.format("auto"), RAY_TMPDIR=str(tmp_path))
     assert "--ray-address auto, and no Ray runs on this machine" in told
     told = in_a_process(CONNECT.format(""), RAY_TMPDIR=str(tmp_path))

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 import requests
 
@@ -29,6 +30,18 @@ def ranks_of(server: Served) -> list[dict]:
     return requests.get(f"{server.url}/sglang_mm/status", timeout=10).json()["ranks"]
 
 
+def assert_all_on_loopback(roots: list[psutil.Process]) -> None:
+    """Whatever these processes and their children listen on; Ray's daemons and ranks are among them."""
+    processes = [process for root in roots for process in root.children(recursive=True)] + roots
+    listening = {
+        connection.laddr.ip.removeprefix("::ffff:")
+        for process in processes
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening and all(ip.startswith("127.") for ip in listening), listening
+
+
 def killed_actor(cluster, ranks: list[dict]) -> None:
     os.kill(ranks[1]["pid"], signal.SIGKILL)
 
@@ -42,6 +55,7 @@ def test_a_rank_that_ray_loses(server, cluster, fault):
     ranks = ranks_of(server)
     first, second = (rank["node"] for rank in ranks)
     assert first != second and first.startswith("local-") and second.startswith("local-")
+    assert_all_on_loopback([psutil.Process(), psutil.Process(server.process.pid)])
     streaming = Client(server.ask, "a stream", tokens=4000, stream=True)
     assert streaming.begun.wait(30), "the stream did not begin"
     struck = time.time()

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 import sglang_mm
-from sglang_mm.serving.last_words import RankFailed
+from sglang_mm.errors import RankFailed
 from tests.faults.served_ranks import ENV, arm, run_faulty_scheduler, struck_at
 
 PROMPT = {

@@ -63,7 +63,7 @@ def test_hanging_up_is_noticed_at_once_though_messages_are_under_way(ring):
     """gloo keeps connections open as long as any message is held; rank 3 hears of it from rank 2 alone."""
     told = ring(rings.hangs_up, 1, 3.0)
     for rank in (0, 2, 3):
-        assert told[rank]["elapsed_s"] < 1.5 and told[rank]["stage"].startswith("hop"), told[rank]
+        assert told[rank]["elapsed_s"] < 2.5 and told[rank]["stage"].startswith("hop"), told[rank]
     assert told[2]["rank"] == 1 and told[3]["rank"] == 2, "each saw its neighbour go; the hub would tell them the cause"
 
 
@@ -72,7 +72,7 @@ def test_a_broken_ring_says_so_again_and_holds_nothing(ring):
     for rank in (0, 1, 3):
         assert told[rank]["let go"] == [True] * 4
         assert told[rank]["again"]["rank"] in range(RANKS) and told[rank]["again"] == told[rank]["once more"]
-        assert told[rank]["elapsed_s"] < 0.5 and told[rank]["close_s"] < 2
+        assert told[rank]["elapsed_s"] < 1.2 and told[rank]["close_s"] < 4
 
 
 def test_a_closed_ring_refuses_and_its_waits_were_counted(ring):

@@ -34,7 +34,7 @@ ROOMS = {
         NOUNS | {"kernels", "modality", "parallel", "patterns", "events", "pixels", "cluster"},
         {"torch", "msgspec", "sglang", "fastapi", "torchcodec", "decord", "prometheus_client", "cv2", "psutil"},
     ),
-    "cluster": Room(libraries={"ray"}),
+    "cluster": Room(libraries={"ray", "grpc"}),
     "dryrun": Room(NOUNS | {"patterns", "plan", "parallel"}, {"torch", "msgspec"}),
     "launch": Room(NOUNS | {"serving", "events", "dryrun"}, {"ray", "rich"}),
     "plan": Room(NOUNS | {"patterns", "modality"}, {"torch", "msgspec"}),

@@ -12,8 +12,9 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
 from sglang_mm.demo.server import free_port
+from sglang_mm.errors import RankFailed
 from sglang_mm.events.messages import Verdict
-from sglang_mm.serving.last_words import Answering, CallersLoop, RankFailed, UnderWay, raising
+from sglang_mm.serving.last_words import Answering, CallersLoop, UnderWay, raising
 
 VERDICT = Verdict(rank=1, what="gone", reason="its process ended: exit code 7", layer=3, stage="layers")
 FAILURE = RankFailed(VERDICT)

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from sglang_mm.errors import RankFailed
 from sglang_mm.events import EventHub
-from sglang_mm.serving.last_words import RankFailed
 from sglang_mm.serving.supervisor import Supervisor, current, ending
 
 DEADLINE_S = 3.0
