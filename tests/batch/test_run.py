@@ -25,7 +25,8 @@ def test_answers_come_in_the_order_of_the_input(stub, asked, tmp_path):
     code, lines, told = asked(["slow 0.6 a", "b", "slow 0.3 c", "d", "e"], "--url", stub.url, "--concurrency", "3")
     assert code == 0 and [line["answer"][0] for line in lines] == list("abcde")
     assert [line["id"] for line in lines] == [f"line-{number}" for number in range(1, 6)]
-    assert stub.most == 3 and [body["messages"][0]["content"][-1]["text"][-1] for body in stub.bodies[:2]] == ["a", "b"]
+    first_asked = {body["messages"][0]["content"][-1]["text"][-1] for body in stub.bodies[:3]}
+    assert stub.most == 3 and first_asked == {"a", "b", "c"}
     first = lines[0]
     assert first["usage"] == {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
     assert (first["finish_reason"], first["error"], "choices" in first) == ("stop", None, False)
@@ -34,7 +35,7 @@ def test_answers_come_in_the_order_of_the_input(stub, asked, tmp_path):
 
 
 def test_openai_lines_get_openai_s_format(stub, asked):
-    code, lines, _ = asked([openai("a/b", "x", n=1), openai("c", "refuse")], "--url", stub.url)
+    code, lines, _ = asked([openai("a/b", "x", n=1), openai("c", "refuse")], "--url", stub.url, "--concurrency", "1")
     good, bad = lines
     assert code == 3 and good["custom_id"] == "a/b" and good["error"] is None
     assert good["response"]["status_code"] == 200 and good["response"]["request_id"].startswith("batch-a_b-")
