@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -65,6 +66,9 @@ def _resolve(address: str) -> str | None:
         raise ConfigError(
             f"--ray-address {address}", ALLOWED, "start this on a node of the cluster: rank 0 runs beside it"
         )
+    if address == "local" and _has_started_ray():
+        given = "--ray-address local in a program that is connected to a Ray cluster"
+        raise ConfigError(given, ALLOWED, "leave it out to use that cluster, or call ray.shutdown() first")
     if address == "local":
         return None
     if _has_started_ray():
@@ -96,16 +100,27 @@ def _answering(address: str, given: str) -> str:
     host, colon, port = address.rpartition(":")
     if not (host and colon and port.isdigit()):
         raise ConfigError(given, ALLOWED, "pass the address of the head")
+    if not _speaks_grpc(host.strip("[]"), int(port)):
+        raise ConfigError(f"{given}, where no Ray answers", ALLOWED, "check that the head runs")
+    return address
+
+
+def _speaks_grpc(host: str, port: int) -> bool:
+    """Within a deadline: ray.init would try for minutes."""
     import grpc
 
-    channel = grpc.insecure_channel(address)
-    try:  # ray.init would try for minutes
+    try:
+        socket.create_connection((host, port), REACH_DEADLINE_S).close()
+    except OSError:
+        return False
+    channel = grpc.insecure_channel(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    try:
         grpc.channel_ready_future(channel).result(REACH_DEADLINE_S)
+        return True
     except grpc.FutureTimeoutError:
-        raise ConfigError(f"{given}, where no Ray answers", ALLOWED, "check that the head runs") from None
+        return False
     finally:
         channel.close()
-    return address
 
 
 def _join(address: str, is_simulated: bool, until_the_end: ExitStack) -> Cluster:

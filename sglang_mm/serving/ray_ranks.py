@@ -15,6 +15,7 @@ from sglang_mm.cluster import Cluster, Placement, check_nodes, connected, place,
 from sglang_mm.config import Config
 from sglang_mm.errors import SelfCheckError
 from sglang_mm.serving.ray_worker import KEEP_DEVICES, NODE
+from sglang_mm.serving.selfcheck import check_ray
 
 logger = logging.getLogger(__name__)
 PASSED_ON = ("SGLANG", "NCCL_", "GLOO_", "TORCH", "PYTORCH_", "TRITON_", "FLASHINFER_", "HF_", "OMP_", "CUDA_", "UCX_")
@@ -105,6 +106,7 @@ def launch_actors(launch: Callable, nodes: Nodes, lost: Callable, server_args, p
 
     lost(rank, reason): told of a rank that ends while it loads. Raises SelfCheckError.
     """
+    check_ray()
     with actors_in_our_environment(nodes.placement):
         try:
             result, processes = launch(
@@ -112,7 +114,9 @@ def launch_actors(launch: Callable, nodes: Nodes, lost: Callable, server_args, p
             )
         except RuntimeError as error:
             if died := BUNDLE.search(str(error)):
-                lost(int(died[1]), f"its Ray actor ended while it loaded: {reason_of(error)}")
+                rank = int(died[1])
+                node = nodes.placement.nodes[rank].name
+                lost(rank, f"its Ray actor on node {node} ended while it loaded: {reason_of(error)}")
             raise
     without = [rank for rank, info in enumerate(result.scheduler_infos) if "sglang_mm" not in info]
     if without:

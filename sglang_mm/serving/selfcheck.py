@@ -71,6 +71,13 @@ PARAMETERS = {  # below sglang.srt, functions we call or override: the parameter
     "layers.attention.vision:VisionSdpaAttention.forward": "q k v bsz cu_seqlens",
     "utils.video_decoder:VideoDecoderWrapper": "source",
 }
+RAY_PARAMETERS = {  # the same, looked at where ranks are Ray actors: it imports ray
+    "ray.engine:RayEngine._launch_scheduler_processes": (
+        "server_args port_args run_scheduler_process_func placement_group"
+    ),
+    "ray.engine:RayEngine._launch_subprocesses": "server_args placement_group run_detokenizer_process_func",
+    "ray.engine:_create_scheduler_actor": "pg bundle_idx tp_rank",
+}
 FIELDS = {  # below sglang.srt, data we read or write
     "managers.io_struct:GenerateReqInput": "log_metrics extra_key sampling_params",
     "managers.schedule_batch:MultimodalDataItem": (
@@ -105,20 +112,29 @@ def check_sglang() -> None:
         raise SelfCheckError(
             f"SGLang {installed} is installed. Allowed: {SGLANG}. Remedy: pip install sglang=={SGLANG}"
         )
-    if wrong := [problem for problem in _differences() if problem]:
+    _refuse_changes(PARAMETERS, FIELDS)
+
+
+def check_ray() -> None:
+    """The same for SGLang's Ray engine. Raises SelfCheckError."""
+    _refuse_changes(RAY_PARAMETERS, {})
+
+
+def _refuse_changes(parameters: dict[str, str], fields: dict[str, str]) -> None:
+    if wrong := list(_differences(parameters, fields)):
         raise SelfCheckError(
-            f"SGLang {installed} has been changed: {'; '.join(wrong)}. Remedy: reinstall sglang=={SGLANG}"
+            f"SGLang {SGLANG} has been changed: {'; '.join(wrong)}. Remedy: reinstall sglang=={SGLANG}"
         )
 
 
-def _differences():
-    for path, names in {**PARAMETERS, **FIELDS}.items():
+def _differences(parameters: dict[str, str], fields: dict[str, str]):
+    for path, names in {**parameters, **fields}.items():
         try:
             found = resolve_name(f"sglang.srt.{path}")
         except (ImportError, AttributeError) as error:
             yield f"{path} is missing ({error})"
             continue
-        if path in PARAMETERS:
+        if path in parameters:
             has = set(inspect.signature(found).parameters)
         else:
             has = set(inspect.get_annotations(found))

@@ -1,13 +1,14 @@
 """Addresses that cannot work are refused before anything starts."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from sglang_mm.cluster.connection import _running_here, connected
+from sglang_mm.cluster.connection import _running_here, _speaks_grpc, connected
 from sglang_mm.cluster.placement import _sortable
 from sglang_mm.config import Config
 from sglang_mm.demo.server import free_port
@@ -50,6 +51,12 @@ def test_where_nothing_answers(tmp_path):
     assert "--ray-address auto, and no Ray runs on this machine" in told
     told = in_a_process(CONNECT.format(""), RAY_TMPDIR=str(tmp_path))
     assert "--nodes 2, and no Ray cluster is running" in told and "ray start --head" in told
+
+
+def test_what_answers_is_not_ray():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        host, port = other.getsockname()
+        assert not _speaks_grpc(host, port)
 
 
 def test_a_cluster_that_ended_is_not_found(tmp_path, monkeypatch):

@@ -71,6 +71,8 @@ def test_a_checkpoint_that_only_one_node_has(joined, tmp_path):
 def test_a_second_connection_uses_the_first(joined):
     with connected("", 2, 1, may_simulate=False) as again:
         assert again.address == "" and again.node_id == joined.node_id
+    with pytest.raises(ConfigError, match="connected to a Ray cluster"), connected("local", 2, 1, may_simulate=True):
+        pass
     import ray
 
     assert ray.is_initialized()  # whoever connected first lets go

@@ -1,5 +1,6 @@
 """Ranks of a running server that Ray loses: a killed actor, and a node whose power is cut."""
 
+import contextlib
 import os
 import signal
 import time
@@ -14,16 +15,22 @@ from tests.faults.served import DEADLINE_S, LATE_S, Client, Served, served
 pytestmark = pytest.mark.slow
 LONG = "long enough to be sharded " * 20
 WHERE = "Ray, 2 nodes, C = 2"
+NOTHING = "exit code 3; nothing left over"
 
 
 @pytest.fixture
-def server(cluster, checkpoint, tmp_path, monkeypatch):
+def starting(cluster, checkpoint, tmp_path, monkeypatch):
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
     with served(tmp_path) as one:
         one.start(checkpoint, "--nodes", "2", "--ray-address", cluster.address)
-        one.wait_until_ready()
         yield one
+
+
+@pytest.fixture
+def server(starting):
+    starting.wait_until_ready()
+    return starting
 
 
 def ranks_of(server: Served) -> list[dict]:
@@ -70,7 +77,46 @@ def test_a_rank_that_ray_loses(server, cluster, fault):
     assert not any(server.left_over().values()), server.left_over()
     seconds = {"first_s": streaming.ended_at - struck, "all_s": ended_s}
     name = fault.__name__.replace("_", " ")
-    seen = {"by": "Ray, and the ring", "seen": f"stream: {told}", "afterwards": "exit code 3; nothing left over"}
+    seen = {"by": "Ray, and the ring", "seen": f"stream: {told}", "afterwards": NOTHING}
     record(Row(WHERE, name, "decode", "auto", **seconds, **seen))
     if fault is lost_node:
         cluster.nodes.add_node()
+
+
+def actors() -> list[psutil.Process]:
+    """Processes of ranks, on all nodes."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "SchedulerActor" in "".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def wait_for_actors(count: int, within_s: float) -> list[psutil.Process]:
+    until = time.monotonic() + within_s
+    while len(found := actors()) != count and time.monotonic() < until:
+        time.sleep(0.1)
+    assert len(found) == count, found
+    return found
+
+
+def test_an_actor_that_ends_while_it_loads(starting):
+    found = wait_for_actors(2, 90)
+    struck = time.time()
+    found[0].kill()
+    assert starting.process.wait(60) == 3, starting.log.read_text()[-3000:]
+    assert "while it loaded" in starting.last_line() and "node local-" in starting.last_line()
+    assert not any(starting.left_over().values()), starting.left_over()
+    wait_for_actors(0, 10)
+    seconds = {"all_s": time.time() - struck}
+    record(Row(WHERE, "killed actor", "loading", **seconds, by="Ray", seen=starting.last_line(), afterwards=NOTHING))
+
+
+def test_ranks_end_with_the_servers_own_process(server):
+    wait_for_actors(2, 1)
+    struck = time.time()
+    server.process.kill()
+    wait_for_actors(0, 30)
+    seconds = {"all_s": time.time() - struck}
+    record(Row(WHERE, "SIGKILL of the server's own process", by="Ray", **seconds, seen="a closed connection"))

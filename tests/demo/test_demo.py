@@ -40,12 +40,13 @@ def test_answers_over_two_ranks_like_the_references_and_sparsely_beside(tmp_path
 
 @pytest.mark.slow
 def test_answers_over_two_simulated_nodes_like_the_references():
-    words = ["--nodes", "2", "--cp", "4", "--sparse", "off", "--json"]
+    words = ["--nodes", "2", "--cp", "4", "--json"]
     done = subprocess.run([*DEMO, *words], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     told = json.loads(done.stdout)
     assert told["identical"] is True and told["max_logprob_diff"] <= TOLERANCE
     assert told["nodes"] == {"local-0": [0, 1], "local-1": [2, 3]} and len(told["rows_per_rank"]) == 4
+    assert told["sparse_in_bounds"] is True and told["density"] <= LARGEST_DENSITY
 
 
 def check_sparse(told: dict) -> None:

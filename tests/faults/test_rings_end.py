@@ -40,6 +40,7 @@ def test_a_decode_step_ends_at_the_deadline_and_names_the_rank_that_hangs(ring):
     assert told[1]["steps"] == rings.HANGS_AT, "a rank that comes back finds the ring broken, and does not go on alone"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("absent", [(3,), (0, 2)])
 def test_those_that_did_not_come_are_named_and_no_others(ring, absent):
     told = ring(rings.some_do_not_come, absent, DEADLINE_S)
@@ -52,6 +53,7 @@ def test_those_that_did_not_come_are_named_and_no_others(ring, absent):
         assert told[rank]["then"] is None
 
 
+@pytest.mark.slow
 def test_all_messages_of_an_exchange_share_one_deadline(ring):
     told = ring(rings.some_do_not_come, (3,), DEADLINE_S, 1)
     for rank in (0, 2):
@@ -59,6 +61,7 @@ def test_all_messages_of_an_exchange_share_one_deadline(ring):
         assert told[rank]["elapsed_s"] < 1.5 * DEADLINE_S, "one after the other it would be 1.7"
 
 
+@pytest.mark.slow
 def test_hanging_up_is_noticed_at_once_though_messages_are_under_way(ring):
     """gloo keeps connections open as long as any message is held; rank 3 hears of it from rank 2 alone."""
     told = ring(rings.hangs_up, 1, 3.0)
@@ -83,6 +86,7 @@ def test_a_closed_ring_refuses_and_its_waits_were_counted(ring):
         assert waits["count"] == sum(waits["bins"]) == 1 and waits["seconds"] == waits["longest_s"] > 0
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_joins_holds_nobody(ring):
     """The last one here: torch counts worlds, and these ranks no longer agree on the count."""
     seconds = ring(rings.never_joins, 2, DEADLINE_S)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -52,9 +53,25 @@ def run_interpreted(file: Path, marks: str, folder: Path, deadline: float = DEAD
     return counts
 
 
+@pytest.fixture(scope="module")
+def running(request, tmp_path_factory):
+    """file -> its folder and its outcome to come: all that were selected, side by side; each keeps a core busy."""
+    chosen = {
+        item.callspec.params["file"] for item in request.session.items if item.name.startswith("test_interpreted[")
+    }
+    folders = {file: tmp_path_factory.mktemp(file.stem) for file in FILES if file in chosen}
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        marks = request.config.option.markexpr
+        yield {file: (folder, pool.submit(run_interpreted, file, marks, folder)) for file, folder in folders.items()}
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_interpreted(file, request, tmp_path):
-    run_interpreted(file, request.config.option.markexpr, tmp_path)
+def test_interpreted(file, running):
+    folder, outcome = running[file]
+    try:
+        outcome.result()
+    finally:
+        print((folder / "output.txt").read_text())
 
 
 def test_there_are_files():

@@ -76,34 +76,63 @@ def test_serves_and_stops(ending, checkpoint, tmp_path):
         server.stop(process)
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
-def test_stops_while_starting(ending, checkpoint, tmp_path):
-    log = tmp_path / "log"
-    process = start(["--model-path", checkpoint, "--cp", "2", "--port", str(server.free_port())], log)
+ENDINGS = (signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def starting(checkpoint, tmp_path_factory):
+    """A server for each signal, side by side: each spends its time on importing SGLang."""
+    folder, words = tmp_path_factory.mktemp("starting"), ["--model-path", checkpoint, "--cp", "2", "--port"]
+    started = {ending: start([*words, str(server.free_port())], folder / str(int(ending))) for ending in ENDINGS}
     try:
-        end = time.monotonic() + 60
-        while len(processes_of(process.pid)) < 3 and time.monotonic() < end:
-            time.sleep(0.1)
-        assert len(processes_of(process.pid)) >= 3, "the ranks' processes did not start"
-        process.send_signal(ending)
-        process.wait(30)
-        assert not wait_until_none_left(process.pid, 10)
+        for process in started.values():
+            end = time.monotonic() + 90
+            while len(processes_of(process.pid)) < 3 and time.monotonic() < end:
+                time.sleep(0.1)
+            assert len(processes_of(process.pid)) >= 3, "the ranks' processes did not start"
+        for ending, process in started.items():
+            process.send_signal(ending)
+        yield started
     finally:
-        server.stop(process)
+        for process in started.values():
+            server.stop(process)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model-path", "/nowhere", "--cp", "2"], "--model-path /nowhere"),
-        (["--model-path", "CHECKPOINT", "--cp", "2", "--no-such-flag"], "--no-such-flag"),
-        (["--model-path", "CHECKPOINT", "--cp", "2", "--port", "BUSY"], "--port"),
-    ],
-)
-def test_fails_early_with_one_clear_message(checkpoint, arguments, message, tmp_path):
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_stops_while_starting(ending, starting):
+    starting[ending].wait(30)
+    assert not wait_until_none_left(starting[ending].pid, 10)
+
+
+REFUSED = {  # what is at fault: the command line
+    "--model-path /nowhere": ["--model-path", "/nowhere", "--cp", "2"],
+    "--no-such-flag": ["--model-path", "CHECKPOINT", "--cp", "2", "--no-such-flag"],
+    "--port": ["--model-path", "CHECKPOINT", "--cp", "2", "--port", "BUSY"],
+}
+
+
+@pytest.fixture(scope="module")
+def refused(checkpoint):
+    """Launches that are refused, side by side: each spends its time on importing SGLang."""
     with server.socket.create_server(("127.0.0.1", 0)) as busy:
-        words = [{"CHECKPOINT": checkpoint, "BUSY": str(busy.getsockname()[1])}.get(word, word) for word in arguments]
-        done = subprocess.run([*LAUNCH, *words], capture_output=True, text=True, timeout=120)
-    assert done.returncode not in (0, None)
-    assert message in done.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in done.stderr
+        known = {"CHECKPOINT": checkpoint, "BUSY": str(busy.getsockname()[1])}
+        started = {
+            fault: subprocess.Popen(
+                [*LAUNCH, *(known.get(word, word) for word in words)],
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            )
+            for fault, words in REFUSED.items()
+        }  # fmt: skip
+        try:
+            yield started
+        finally:
+            for process in started.values():
+                process.kill()
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_fails_early_with_one_clear_message(refused, fault):
+    _, errors = refused[fault].communicate(timeout=120)
+    assert refused[fault].returncode not in (0, None)
+    assert fault in errors.strip().splitlines()[-1]
+    assert "Traceback" not in errors
